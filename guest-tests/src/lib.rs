@@ -1,0 +1,1 @@
+//! Boots a guest under QEMU and reads what its checks printed.

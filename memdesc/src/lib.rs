@@ -1,0 +1,1 @@
+//! Memory that someone else owns, described.

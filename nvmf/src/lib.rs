@@ -1,0 +1,1 @@
+//! NVMe over Fabrics, both ends, with no knowledge of virtio.

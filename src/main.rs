@@ -1,0 +1,2 @@
+//! The `vhost-nvmf` daemon.
+fn main() {}
