@@ -1,1 +1,44 @@
-//! Memory that someone else owns, described.
+//! Memory that someone else owns, described so that a transport can read it or fill it in place.
+//!
+//! A memdesc is a list of segments and what keeps them mapped. [`MemSource`] is memory that is
+//! read (host data on its way to a controller), [`MemSink`] is memory that is written. Neither
+//! ever lends a `&[u8]` over its segments: a guest may change them at any time, so they are
+//! reached by copies into private memory, by vectors handed to the kernel, and in no other way.
+//!
+//! NVMe/TCP is a byte stream, so segments need no alignment and may have any length.
+//!
+//! Segment lists travel by value and come back with [`MemSource::into_parts`] or
+//! [`MemSink::into_parts`], so that a lane reuses their storage and allocates nothing for a request.
+
+#![expect(
+    unsafe_code,
+    reason = "this crate is where descriptions of foreign memory are read and written"
+)]
+
+mod extent;
+mod sink;
+mod source;
+
+pub use extent::{OutOfBounds, Segment};
+pub use sink::MemSink;
+pub use source::MemSource;
+
+/// Copies `len` bytes from `source` at `source_offset` to `sink` at `sink_offset`.
+///
+/// # Errors
+/// [`OutOfBounds`] when either range does not lie inside its memdesc; nothing is copied then.
+pub fn copy(
+    source: &MemSource,
+    source_offset: usize,
+    sink: &mut MemSink,
+    sink_offset: usize,
+    len: usize,
+) -> Result<(), OutOfBounds> {
+    extent::copy_between(
+        source.extent(),
+        source_offset,
+        sink.extent(),
+        sink_offset,
+        len,
+    )
+}

@@ -1,0 +1,269 @@
+//! A list of segments with a length: the part that sources and sinks share.
+
+use std::ops::Range;
+use std::ptr::NonNull;
+
+/// A range that does not lie inside the memory described.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutOfBounds {
+    /// First byte asked for.
+    pub offset: usize,
+    /// Bytes asked for.
+    pub len: usize,
+    /// Bytes that the memdesc has.
+    pub available: usize,
+}
+
+impl std::fmt::Display for OutOfBounds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            offset,
+            len,
+            available,
+        } = self;
+        write!(
+            f,
+            "{len} bytes at offset {offset} do not fit in a memdesc of {available} bytes"
+        )
+    }
+}
+
+impl std::error::Error for OutOfBounds {}
+
+/// One contiguous piece of mapped memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Segment {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a segment is an address and a length; who may use it, and for how long, is promised in
+// `Segment::new`, and that promise is not bound to a thread.
+unsafe impl Send for Segment {}
+
+impl Segment {
+    /// Describes `len` bytes at `base`.
+    ///
+    /// # Safety
+    /// The memory must stay mapped and readable, and writable too when the segment is put in a
+    /// [`crate::MemSink`], until every memdesc that holds this segment is dropped or taken apart
+    /// and the kernel holds no vector made from it. It may change at any time, and no Rust
+    /// reference to it may exist meanwhile.
+    pub unsafe fn new(base: NonNull<u8>, len: usize) -> Self {
+        Self { base, len }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True when it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn at(&self, offset: usize) -> *mut u8 {
+        debug_assert!(offset <= self.len);
+        // SAFETY: callers stay inside the segment, which is one mapped object.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+}
+
+/// Segments, their total length, and private memory that they may point into.
+#[derive(Debug)]
+pub(crate) struct Extent {
+    segments: Vec<Segment>,
+    len: usize,
+    /// `Some` when the segments describe this very buffer.
+    owned: Option<Vec<u8>>,
+}
+
+impl Extent {
+    pub(crate) fn from_segments(segments: Vec<Segment>) -> Self {
+        let len = segments
+            .iter()
+            .map(Segment::len)
+            .fold(0, usize::saturating_add);
+        Self {
+            segments,
+            len,
+            owned: None,
+        }
+    }
+
+    pub(crate) fn from_bytes(mut bytes: Vec<u8>, mut list: Vec<Segment>) -> Self {
+        list.clear();
+        if let Some(base) = NonNull::new(bytes.as_mut_ptr()).filter(|_| !bytes.is_empty()) {
+            list.push(Segment {
+                base,
+                len: bytes.len(),
+            });
+        }
+        Self {
+            segments: list,
+            len: bytes.len(),
+            owned: Some(bytes),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn is_owned(&self) -> bool {
+        self.owned.is_some()
+    }
+
+    pub(crate) fn into_parts(self) -> (Vec<Segment>, Option<Vec<u8>>) {
+        let Self {
+            mut segments,
+            owned,
+            ..
+        } = self;
+        segments.clear();
+        (segments, owned)
+    }
+
+    fn check(&self, offset: usize, len: usize) -> Result<(), OutOfBounds> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(OutOfBounds {
+                offset,
+                len,
+                available: self.len,
+            }),
+        }
+    }
+
+    /// Calls `piece` with each contiguous piece of the range, in order, until it returns false.
+    fn for_pieces(&self, range: Range<usize>, mut piece: impl FnMut(*mut u8, usize) -> bool) {
+        let mut skip = range.start;
+        let mut left = range.end - range.start;
+        for segment in &self.segments {
+            if left == 0 {
+                return;
+            }
+            if skip >= segment.len {
+                skip -= segment.len;
+                continue;
+            }
+            let take = (segment.len - skip).min(left);
+            if !piece(segment.at(skip), take) {
+                return;
+            }
+            left -= take;
+            skip = 0;
+        }
+    }
+
+    /// Appends at most `max` vectors for the range and returns the bytes that they cover.
+    pub(crate) fn iovecs(
+        &self,
+        range: Range<usize>,
+        max: usize,
+        out: &mut Vec<libc::iovec>,
+    ) -> Result<usize, OutOfBounds> {
+        let len = range.end.saturating_sub(range.start);
+        self.check(range.start, len)?;
+        let mut covered = 0;
+        let mut room = max;
+        self.for_pieces(range.start..range.start + len, |base, len| {
+            if room == 0 {
+                return false;
+            }
+            out.push(libc::iovec {
+                iov_base: base.cast(),
+                iov_len: len,
+            });
+            covered += len;
+            room -= 1;
+            true
+        });
+        Ok(covered)
+    }
+
+    /// Puts the segments of a sub-range into `list`.
+    pub(crate) fn slice(
+        &self,
+        range: Range<usize>,
+        mut list: Vec<Segment>,
+    ) -> Result<Self, OutOfBounds> {
+        let len = range.end.saturating_sub(range.start);
+        self.check(range.start, len)?;
+        list.clear();
+        self.for_pieces(range.start..range.start + len, |base, len| {
+            if let Some(base) = NonNull::new(base) {
+                list.push(Segment { base, len });
+            }
+            true
+        });
+        Ok(Self {
+            segments: list,
+            len,
+            owned: None,
+        })
+    }
+
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), OutOfBounds> {
+        self.check(offset, into.len())?;
+        let mut done = 0;
+        self.for_pieces(offset..offset + into.len(), |base, len| {
+            // SAFETY: `base..base+len` lies in a live segment (promised in `Segment::new`), and
+            // `into[done..done+len]` is private memory, so the two cannot overlap.
+            unsafe { std::ptr::copy_nonoverlapping(base, into.as_mut_ptr().add(done), len) };
+            done += len;
+            true
+        });
+        Ok(())
+    }
+
+    pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Result<(), OutOfBounds> {
+        self.check(offset, from.len())?;
+        let mut done = 0;
+        self.for_pieces(offset..offset + from.len(), |base, len| {
+            // SAFETY: as in `read`, the other way; only sinks call this, so it is writable.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(done), base, len) };
+            done += len;
+            true
+        });
+        Ok(())
+    }
+
+    pub(crate) fn fill(&self, range: Range<usize>, byte: u8) -> Result<(), OutOfBounds> {
+        let len = range.end.saturating_sub(range.start);
+        self.check(range.start, len)?;
+        self.for_pieces(range.start..range.start + len, |base, len| {
+            // SAFETY: the piece lies in a live, writable segment.
+            unsafe { std::ptr::write_bytes(base, byte, len) };
+            true
+        });
+        Ok(())
+    }
+}
+
+/// Copies between two extents that may overlap in memory (a guest may well ask for that).
+pub(crate) fn copy_between(
+    source: &Extent,
+    source_offset: usize,
+    sink: &Extent,
+    sink_offset: usize,
+    len: usize,
+) -> Result<(), OutOfBounds> {
+    source.check(source_offset, len)?;
+    sink.check(sink_offset, len)?;
+    let mut done = 0;
+    source.for_pieces(source_offset..source_offset + len, |from, piece| {
+        let start = sink_offset + done;
+        let mut copied = 0;
+        sink.for_pieces(start..start + piece, |to, part| {
+            // SAFETY: both pieces lie in live segments; `copy` allows them to overlap.
+            unsafe { std::ptr::copy(from.add(copied), to, part) };
+            copied += part;
+            true
+        });
+        done += piece;
+        true
+    });
+    Ok(())
+}
