@@ -1,0 +1,271 @@
+//! What hosts and controllers may ask of a fabric: queue pairs, capsules and data movement.
+//!
+//! A queue pair is negotiated and connected on the control plane, then handed to the worker that
+//! drives it. It knows no runtime: its owner asks for [`QueuePair::interest`], waits however it
+//! likes, and calls [`QueuePair::progress`]. One thread can own many.
+//!
+//! Contract, for every transport:
+//! - A capsule is a call: [`HostQueuePair::submit`] and [`ControllerQueuePair::respond`].
+//! - Memory attached to a call is completed exactly once: it comes back in a [`Completion`],
+//!   [`ControllerEvent::Fetched`] or [`ControllerEvent::Sent`], with success or not, and never
+//!   while the transport or the kernel still refers to it.
+//! - A queue pair ends once, with its cause in [`QueuePair::ending`]; what was outstanding then is
+//!   completed with [`Status::ABORTED_BY_HOST`] (host) or dropped with its buffers returned
+//!   (controller).
+
+pub mod drive;
+pub mod lane;
+pub mod registry;
+pub mod tcp;
+pub mod watch;
+
+use std::os::fd::BorrowedFd;
+
+use memdesc::{MemSink, MemSource};
+
+use crate::spec::{Cqe, Sqe, Status};
+pub use lane::{Lane, Turn};
+pub use registry::{Opening, QueueParams, Registry, RegistryError, Transport};
+
+/// What a queue pair (or a lane) waits for.
+#[derive(Debug, Clone, Copy)]
+pub struct Interest<'a> {
+    /// Descriptor to watch.
+    pub fd: BorrowedFd<'a>,
+    /// Wake when it can be read.
+    pub readable: bool,
+    /// Wake when it can be written.
+    pub writable: bool,
+}
+
+/// What is known to be possible on a descriptor. Set by whoever waits; cleared by whoever finds
+/// that the descriptor would block. Readiness is edge-triggered: what is not cleared by use must
+/// be used again before sleeping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ready {
+    /// It may have something to read.
+    pub readable: bool,
+    /// It may take something.
+    pub writable: bool,
+}
+
+/// Data that goes with a command, by direction.
+#[derive(Debug, Default)]
+pub enum Transfer {
+    /// No data.
+    #[default]
+    None,
+    /// From the host's memory to the controller.
+    Out(MemSource),
+    /// From the controller into the host's memory.
+    In(MemSink),
+}
+
+impl Transfer {
+    /// Bytes to move.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Out(source) => source.len(),
+            Self::In(sink) => sink.len(),
+        }
+    }
+
+    /// True when there is nothing to move.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A command that is outstanding on a host's queue pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CommandId(pub u16);
+
+/// Why a command was not taken; it comes back as it was.
+#[derive(Debug)]
+pub struct Rejected {
+    /// The data that was to go with it.
+    pub transfer: Transfer,
+    /// The reason.
+    pub reason: RejectedReason,
+}
+
+/// See [`Rejected`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RejectedReason {
+    /// As many commands are outstanding as the queue allows.
+    Full,
+    /// The queue pair has ended.
+    Ended,
+    /// More data than a command can describe (4 GiB).
+    TooLong,
+}
+
+/// A command that has ended, and whose memory nothing refers to any more.
+#[derive(Debug)]
+pub struct Completion {
+    /// What [`HostQueuePair::submit`] was given.
+    pub token: u64,
+    /// The completion entry. Its status is not success when the data did not all arrive, whatever
+    /// the controller said.
+    pub cqe: Cqe,
+    /// False when the transport made the entry up, so that its SQHD means nothing.
+    pub sqhd_valid: bool,
+    /// Bytes that were moved.
+    pub transferred: u32,
+    /// The data that was attached.
+    pub transfer: Transfer,
+}
+
+/// How a queue pair ended. Reported once.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Ending {
+    /// The peer closed the connection between two PDUs.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The connection broke.
+    #[error("the connection was lost: {0}")]
+    Lost(String),
+    /// The peer broke the protocol; a termination request was sent.
+    #[error("the peer broke the NVMe/TCP protocol: {0}")]
+    Protocol(String),
+    /// The peer sent a termination request.
+    #[error("the peer ended the connection: {0}")]
+    Terminated(String),
+    /// We ended it.
+    #[error("ended locally")]
+    Local,
+}
+
+/// Counters of a queue pair, from its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Payload bytes copied inside the process.
+    pub copied_bytes: u64,
+    /// System calls that sent.
+    pub sends: u64,
+    /// System calls that received.
+    pub receives: u64,
+}
+
+/// What both roles share.
+pub trait QueuePair: Send {
+    /// What to wait for now.
+    fn interest(&self) -> Interest<'_>;
+
+    /// Sends what is queued and receives what has arrived, a bounded amount; clears in `ready`
+    /// what turned out to be exhausted. True when it stopped at its bound with more to do.
+    fn progress(&mut self, ready: &mut Ready) -> bool;
+
+    /// Sends what is queued, as one system call where possible.
+    fn flush(&mut self, ready: &mut Ready);
+
+    /// How it ended, once it has.
+    fn ending(&self) -> Option<&Ending>;
+
+    /// Ends it; what is outstanding is completed as lost.
+    fn end(&mut self);
+
+    /// Counters since the start.
+    fn counters(&self) -> Counters;
+}
+
+/// The host's side.
+pub trait HostQueuePair: QueuePair {
+    /// Queues a command; it is sent by the next flush. The transport chooses the CID and describes
+    /// the data in SGL1.
+    ///
+    /// # Errors
+    /// [`Rejected`] gives the data back.
+    fn submit(&mut self, sqe: Sqe, transfer: Transfer, token: u64) -> Result<CommandId, Rejected>;
+
+    /// Commands that can be submitted before one has to complete.
+    fn room(&self) -> usize;
+
+    /// Commands that are outstanding.
+    fn outstanding(&self) -> usize;
+
+    /// The next completion, if there is one.
+    fn completion(&mut self) -> Option<Completion>;
+}
+
+/// A command outstanding at a controller: an index into the queue's slots, below its size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CommandTag(pub u16);
+
+/// A command capsule that arrived, its SGL checked.
+#[derive(Debug, Clone, Copy)]
+pub struct Command {
+    /// Names it in the calls that follow.
+    pub tag: CommandTag,
+    /// The entry.
+    pub sqe: Sqe,
+    /// Bytes of data that the SGL describes.
+    pub data_len: u32,
+}
+
+/// What happened on a controller's queue pair.
+#[derive(Debug)]
+pub enum ControllerEvent {
+    /// A command arrived. It must be answered by [`ControllerQueuePair::respond`]. To take
+    /// in-capsule data without a further copy, call [`ControllerQueuePair::fetch`] before asking
+    /// for the next event.
+    Command(Command),
+    /// A fetch is over.
+    Fetched {
+        /// Its command.
+        tag: CommandTag,
+        /// The sink, filled when `result` is good.
+        sink: MemSink,
+        /// Otherwise the status to answer with.
+        result: Result<(), Status>,
+    },
+    /// A send is over: nothing refers to the source any more.
+    Sent {
+        /// Its command; it may have been answered since.
+        tag: CommandTag,
+        /// The source.
+        source: MemSource,
+    },
+}
+
+/// The controller's side.
+pub trait ControllerQueuePair: QueuePair {
+    /// The next event, if there is one. Receiving pauses while a command's in-capsule data waits
+    /// to be claimed, so call until `None` before sleeping.
+    fn event(&mut self) -> Option<ControllerEvent>;
+
+    /// Fetches host data `offset..offset + sink.len()` of a command into `sink`;
+    /// [`ControllerEvent::Fetched`] follows. May be called several times with different ranges.
+    ///
+    /// # Errors
+    /// The sink comes back with the status to answer, when the range is not inside the command's
+    /// data or the command is not outstanding.
+    fn fetch(
+        &mut self,
+        tag: CommandTag,
+        offset: u32,
+        sink: MemSink,
+    ) -> Result<(), (MemSink, Status)>;
+
+    /// Sends data of a command to the host: ranges in order from 0, `last` with the final one.
+    /// [`ControllerEvent::Sent`] follows.
+    ///
+    /// # Errors
+    /// The source comes back with the status to answer, when the range is out of order, does not
+    /// fit the command's data, or the command is not outstanding.
+    fn send(
+        &mut self,
+        tag: CommandTag,
+        offset: u32,
+        source: MemSource,
+        last: bool,
+    ) -> Result<(), (MemSource, Status)>;
+
+    /// Answers a command: CID and SQHD are filled in here. A success after the last data may
+    /// travel as a flag of that data.
+    fn respond(&mut self, tag: CommandTag, cqe: Cqe);
+
+    /// Commands that arrived and were not answered.
+    fn outstanding(&self) -> usize;
+}

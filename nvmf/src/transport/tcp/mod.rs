@@ -1,0 +1,39 @@
+//! NVMe/TCP over a socket: moves bytes between the socket, the machine and memdescs.
+
+use std::net::TcpStream;
+
+use super::{ControllerQueuePair, HostQueuePair, Opening, QueueParams, Transport};
+use crate::spec::trtype;
+
+/// A TCP connection on which ICReq and ICResp were exchanged.
+#[derive(Debug)]
+pub struct Connection {
+    /// The socket, non-blocking.
+    pub stream: TcpStream,
+}
+
+/// Software NVMe/TCP.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tcp;
+
+impl Transport for Tcp {
+    fn name(&self) -> &'static str {
+        "tcp"
+    }
+
+    fn trtype(&self) -> u8 {
+        trtype::TCP
+    }
+
+    fn priority(&self) -> i32 {
+        0
+    }
+
+    fn open_host(&self, params: Box<QueueParams>) -> Opening<dyn HostQueuePair> {
+        Opening::Declined(params)
+    }
+
+    fn open_controller(&self, params: Box<QueueParams>) -> Opening<dyn ControllerQueuePair> {
+        Opening::Declined(params)
+    }
+}

@@ -1,0 +1,51 @@
+//! Readiness of one descriptor, as the runtime reports it: the only place that registers one.
+
+#![expect(
+    unsafe_code,
+    reason = "the runtime asks for a promise that the descriptor stays the same while registered"
+)]
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::task::{Context, Poll};
+
+use tokio::io::unix::AsyncFd;
+
+use super::Ready;
+
+/// A descriptor registered with the current tokio runtime, edge-triggered, for both directions.
+///
+/// It holds a duplicate, so the owner may close its own at any time.
+#[derive(Debug)]
+pub struct Watch(AsyncFd<OwnedFd>);
+
+impl Watch {
+    /// Registers a descriptor.
+    ///
+    /// # Errors
+    /// No descriptor left, or one that cannot be polled.
+    pub fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        let duplicate = fd.try_clone_to_owned()?;
+        // SAFETY: the `AsyncFd` owns the duplicate, and nothing here replaces or closes it.
+        let registered = unsafe { AsyncFd::register(duplicate) };
+        registered.map(Self).map_err(io::Error::from)
+    }
+
+    /// Adds to `ready` what has become possible, and leaves the waker for what has not. True when
+    /// something was added.
+    pub fn poll(&self, cx: &mut Context<'_>, writable: bool, ready: &mut Ready) -> bool {
+        let mut news = false;
+        // Cleared at once: `ready` remembers, and whatever happens after this sets it anew.
+        while let Poll::Ready(Ok(mut guard)) = self.0.poll_read_ready(cx) {
+            guard.clear_ready();
+            ready.readable = true;
+            news = true;
+        }
+        while writable && let Poll::Ready(Ok(mut guard)) = self.0.poll_write_ready(cx) {
+            guard.clear_ready();
+            ready.writable = true;
+            news = true;
+        }
+        news
+    }
+}
