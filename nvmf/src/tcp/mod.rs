@@ -1,1 +1,24 @@
 //! NVMe/TCP as a pure machine for both roles: no sockets, clocks, threads or payload.
+//!
+//! [`QPair`] takes the bytes of headers and says where the payload between them belongs; whoever
+//! drives it moves that payload. What it wants sent it gives out one PDU at a time, as header bytes
+//! and a reference to a range of a command's data. It is bounded in everything, and allocates only
+//! when a queue is sized.
+//!
+//! On a protocol fault it sends one termination request with the exact FES and FEI, then is silent.
+//! Digests are not implemented: they are neither offered nor accepted in [`negotiate`].
+
+mod cid_table;
+mod controller;
+mod error;
+mod framer;
+mod host;
+pub mod negotiate;
+mod pdu;
+mod qpair;
+
+pub use controller::{Answered, Controller, ControllerEvent, FetchError, SendError};
+pub use error::{FatalError, Fes};
+pub use host::{Completed, Direction, Host};
+pub use pdu::{MAX_HEADER_LEN, TermReq};
+pub use qpair::{Limits, QPair, Role, TxPayload, TxPdu, Want};

@@ -1,0 +1,460 @@
+//! The controller's end: commands in, R2T out, H2CData in, C2HData and responses out.
+
+use std::collections::VecDeque;
+
+use super::cid_table::CidTable;
+use super::error::{FatalError, Fes};
+use super::pdu::{self, Data, Pdu, Receiver, offset, pdu_type};
+use super::qpair::{Limits, QPair, Role, TxPayload, TxPdu, Window, sealed};
+use crate::spec::fabrics::SQHD_FLOW_DISABLED;
+use crate::spec::sqe::{PSDT_SGL, sgl_type};
+use crate::spec::{Cqe, Sqe, Status};
+
+/// Largest payload that we put in one C2HData, in bytes: bounds how long one large read holds up
+/// everything behind it.
+const MAX_TX_DATA: u32 = 128 * 1024;
+
+/// What happened on a controller's queue pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ControllerEvent {
+    /// A command arrived. Its in-capsule data, if any, is the payload that follows.
+    Command {
+        /// Its slot until it retires.
+        slot: u16,
+        /// The entry.
+        sqe: Sqe,
+        /// Bytes of data that the SGL describes.
+        data_len: u32,
+        /// They are in the capsule.
+        in_capsule: bool,
+    },
+    /// All data of the slot's fetch has arrived.
+    Fetched {
+        /// The command.
+        slot: u16,
+    },
+}
+
+/// Why a fetch was not begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FetchError(pub Status);
+
+/// Why data was not queued.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SendError(pub Status);
+
+/// What became of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answered {
+    /// It will be sent.
+    Queued,
+    /// There is no such command, or it was answered before.
+    Unknown,
+}
+
+/// Data asked for with an R2T, or lying in the capsule.
+#[derive(Debug, Clone, Copy)]
+struct Fetch {
+    /// Next byte expected, as an offset into the command's data.
+    next: u32,
+    end: u32,
+    /// Its R2T went out.
+    asked: bool,
+}
+
+/// Data queued for the host.
+#[derive(Debug, Clone, Copy)]
+struct Outgoing {
+    next: u32,
+    end: u32,
+    last: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Slot {
+    busy: bool,
+    cid: u16,
+    data_len: u32,
+    in_capsule: bool,
+    fetch: Option<Fetch>,
+    outgoing: Option<Outgoing>,
+    /// Bytes queued for the host so far.
+    sent: u32,
+    /// The consumer has answered.
+    answered: bool,
+    /// Answered while data was still to be sent: goes out after it, or as its SUCCESS flag.
+    answer: Option<Cqe>,
+    /// The answer is on its way: nothing more will be sent.
+    closed: bool,
+    tx_pending: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Tx {
+    R2t(u16),
+    Data(u16),
+    Response { slot: Option<u16>, cqe: Cqe },
+}
+
+/// State of the controller role.
+#[derive(Debug)]
+pub struct Controller {
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    cids: CidTable,
+    tx: VecDeque<Tx>,
+    events: VecDeque<ControllerEvent>,
+    receiving: Option<u16>,
+    queue_size: u32,
+    sq_flow_control: bool,
+    sqhd: u32,
+}
+
+impl Role for Controller {}
+
+impl QPair<Controller> {
+    /// A controller's queue pair of `queue_size` entries.
+    pub fn controller(queue_size: u32, sq_flow_control: bool, limits: Limits) -> Self {
+        Self::with_role(Controller::new(queue_size, sq_flow_control), limits)
+    }
+
+    /// Sizes the queue as the Connect command asks; to be called before that is answered.
+    pub fn set_queue(&mut self, queue_size: u32, sq_flow_control: bool) {
+        self.role.resize(queue_size, sq_flow_control);
+    }
+
+    /// The next event.
+    pub fn event(&mut self) -> Option<ControllerEvent> {
+        self.role.events.pop_front()
+    }
+
+    /// Commands that arrived and were not answered.
+    pub fn outstanding(&self) -> usize {
+        self.role.slots.iter().filter(|slot| slot.busy && !slot.answered).count()
+    }
+
+    /// So much waits to be sent that receiving more would let the peer grow our memory.
+    pub fn backlogged(&self) -> bool {
+        self.role.tx.len() > self.role.slots.len() + 64
+    }
+
+    /// The slot holds a command that was not answered.
+    pub fn is_outstanding(&self, slot: u16) -> bool {
+        self.role.slots.get(usize::from(slot)).is_some_and(|slot| slot.busy && !slot.answered)
+    }
+
+    /// Begins to fetch `len` bytes of a command's data at `offset`; one fetch at a time for each
+    /// command. In-capsule data is the payload that follows the command; it is fetched as a whole.
+    ///
+    /// # Errors
+    /// The status to answer with.
+    pub fn fetch(&mut self, index: u16, offset: u32, len: u32) -> Result<(), FetchError> {
+        let role = &mut self.role;
+        let slot = role.slots.get_mut(usize::from(index));
+        let slot = slot.filter(|slot| slot.busy && !slot.answered);
+        let slot = slot.ok_or(FetchError(Status::INTERNAL_ERROR))?;
+        let end = offset.checked_add(len).filter(|&end| end <= slot.data_len);
+        let end = end.ok_or(FetchError(Status::DATA_SGL_LENGTH_INVALID))?;
+        if slot.in_capsule || slot.fetch.is_some() || len == 0 {
+            return Err(FetchError(Status::INTERNAL_ERROR));
+        }
+        slot.fetch = Some(Fetch { next: offset, end, asked: false });
+        role.tx.push_back(Tx::R2t(index));
+        Ok(())
+    }
+
+    /// Queues data for the host; `last` with the final piece. One piece at a time.
+    ///
+    /// # Errors
+    /// The status to answer with.
+    pub fn send(
+        &mut self,
+        index: u16,
+        offset: u32,
+        len: u32,
+        last: bool,
+    ) -> Result<(), SendError> {
+        let role = &mut self.role;
+        let slot = role.slots.get_mut(usize::from(index));
+        let slot = slot.filter(|slot| slot.busy && !slot.answered);
+        let slot = slot.ok_or(SendError(Status::INTERNAL_ERROR))?;
+        let end = offset.checked_add(len).filter(|&end| end <= slot.data_len);
+        let end = end.ok_or(SendError(Status::INVALID_FIELD))?;
+        if slot.in_capsule || offset != slot.sent || slot.outgoing.is_some() || len == 0 {
+            return Err(SendError(Status::INVALID_FIELD));
+        }
+        slot.sent = end;
+        slot.outgoing = Some(Outgoing { next: offset, end, last });
+        role.tx.push_back(Tx::Data(index));
+        Ok(())
+    }
+
+    /// Answers a command. CID and SQHD are filled in when the answer is sent.
+    pub fn respond(&mut self, index: u16, cqe: Cqe) -> Answered {
+        let role = &mut self.role;
+        let Some(slot) = role.slots.get_mut(usize::from(index)) else {
+            return Answered::Unknown;
+        };
+        if !slot.busy || slot.answered {
+            return Answered::Unknown;
+        }
+        slot.answered = true;
+        if slot.outgoing.is_some() {
+            slot.answer = Some(cqe);
+        } else {
+            role.tx.push_back(Tx::Response { slot: Some(index), cqe });
+        }
+        Answered::Queued
+    }
+}
+
+impl Controller {
+    fn new(queue_size: u32, sq_flow_control: bool) -> Self {
+        let mut role = Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            cids: CidTable::new(1),
+            tx: VecDeque::new(),
+            events: VecDeque::new(),
+            receiving: None,
+            queue_size,
+            sq_flow_control,
+            sqhd: 0,
+        };
+        role.resize(queue_size, sq_flow_control);
+        role
+    }
+
+    /// Slots that exist stay: the Connect command itself is in one.
+    fn resize(&mut self, queue_size: u32, sq_flow_control: bool) {
+        self.queue_size = queue_size.clamp(2, 65536);
+        self.sq_flow_control = sq_flow_control;
+        let depth = self.queue_size as usize;
+        let had = self.slots.len();
+        if depth > had {
+            self.slots.resize(depth, Slot::default());
+            self.free.extend((had..depth).rev().map(|slot| slot as u16));
+            self.tx.reserve(depth);
+            self.events.reserve(depth);
+            let mut cids = CidTable::new(depth);
+            for (index, slot) in self.slots.iter().enumerate().filter(|(_, slot)| slot.busy) {
+                cids.insert(slot.cid, index as u16);
+            }
+            self.cids = cids;
+        }
+    }
+
+    fn reject(&mut self, cid: u16, status: Status, data_len: u32) -> Window {
+        let cqe = Cqe::new(cid, status.do_not_retry());
+        self.tx.push_back(Tx::Response { slot: None, cqe });
+        Window::discard(data_len)
+    }
+
+    fn command(&mut self, sqe: Sqe, capsule_data: u32) -> Result<Window, FatalError> {
+        let cid = sqe.cid.get();
+        let sgl = sqe.sgl1;
+        let data_len = sgl.length.get();
+        if self.cids.contains(cid) {
+            return Ok(self.reject(cid, Status::CID_CONFLICT, capsule_data));
+        }
+        if sqe.psdt() != PSDT_SGL {
+            return Ok(self.reject(cid, Status::INVALID_FIELD, capsule_data));
+        }
+        let in_capsule = match sgl.sgl_type {
+            sgl_type::IN_CAPSULE if data_len != capsule_data => {
+                return Ok(self.reject(cid, Status::DATA_SGL_LENGTH_INVALID, capsule_data));
+            }
+            sgl_type::IN_CAPSULE => true,
+            sgl_type::TRANSPORT if capsule_data > 0 => {
+                return Ok(self.reject(cid, Status::INVALID_FIELD, capsule_data));
+            }
+            sgl_type::TRANSPORT => false,
+            // A command without data may leave the descriptor empty.
+            0 if data_len == 0 && capsule_data == 0 => false,
+            _ => return Ok(self.reject(cid, Status::SGL_TYPE_INVALID, capsule_data)),
+        };
+        if sgl.address.get() != 0 {
+            return Ok(self.reject(cid, Status::SGL_OFFSET_INVALID, capsule_data));
+        }
+        let index = self.free.pop().ok_or(FatalError::other(
+            Fes::SEQUENCE_ERROR,
+            "more commands outstanding than the queue has entries",
+        ))?;
+        self.cids.insert(cid, index);
+        let in_capsule = in_capsule && data_len > 0;
+        let fetch = in_capsule.then_some(Fetch { next: 0, end: data_len, asked: true });
+        self.slots[usize::from(index)] =
+            Slot { busy: true, cid, data_len, in_capsule, fetch, ..Slot::default() };
+        self.events.push_back(ControllerEvent::Command { slot: index, sqe, data_len, in_capsule });
+        if !in_capsule {
+            return Ok(Window::EMPTY);
+        }
+        self.receiving = Some(index);
+        Ok(Window { slot: Some(index), offset: 0, len: data_len })
+    }
+
+    fn data_out(&mut self, data: Data, limits: &Limits) -> Result<Window, FatalError> {
+        // TTAGs of ours are slots.
+        let slot = self.slots.get_mut(usize::from(data.ttag));
+        let slot = slot.filter(|slot| slot.busy && !slot.in_capsule);
+        let Some(slot) = slot else {
+            return Err(FatalError::field(offset::TTAG, "data for a transfer tag that is not open"));
+        };
+        // CCCID lies before TTAG, so it is the lower offence when both are wrong.
+        if slot.cid != data.cccid {
+            let what = "data for a command that the transfer tag does not belong to";
+            return Err(FatalError::field(offset::CCCID, what));
+        }
+        let Some(fetch) = slot.fetch.as_mut().filter(|fetch| fetch.asked) else {
+            return Err(FatalError::field(offset::TTAG, "data for a transfer tag that is not open"));
+        };
+        if data.length > limits.max_h2c_data {
+            return Err(FatalError::other(Fes::LIMIT_EXCEEDED, "more data than MAXH2CDATA"));
+        }
+        let end = data.offset.checked_add(data.length).filter(|&end| end <= fetch.end);
+        let end = end.ok_or(FatalError::other(
+            Fes::DATA_OUT_OF_RANGE,
+            "data beyond the range that was asked for",
+        ))?;
+        if data.offset != fetch.next {
+            return Err(FatalError::other(Fes::SEQUENCE_ERROR, "data out of order"));
+        }
+        if data.last != (end == fetch.end) {
+            let what = "LAST_PDU is not set on exactly the final data";
+            return Err(FatalError::other(Fes::SEQUENCE_ERROR, what));
+        }
+        fetch.next = end;
+        self.receiving = Some(data.ttag);
+        let wanted = !slot.answered;
+        Ok(Window { slot: wanted.then_some(data.ttag), offset: data.offset, len: data.length })
+    }
+
+    fn retire_if_done(&mut self, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        if slot.busy && slot.closed && slot.tx_pending == 0 && slot.fetch.is_none() {
+            slot.busy = false;
+            self.cids.remove(slot.cid);
+            self.free.push(index);
+        }
+    }
+
+    fn next_sqhd(&mut self) -> u16 {
+        if !self.sq_flow_control {
+            return SQHD_FLOW_DISABLED;
+        }
+        self.sqhd = (self.sqhd + 1) % self.queue_size;
+        self.sqhd as u16
+    }
+
+    fn transmit_data(&mut self, index: u16, limits: &Limits) -> Option<TxPdu> {
+        let flow_control = self.sq_flow_control;
+        let slot = &mut self.slots[usize::from(index)];
+        let outgoing = slot.outgoing.as_mut()?;
+        let length = (outgoing.end - outgoing.next).min(MAX_TX_DATA);
+        let offset = outgoing.next;
+        outgoing.next += length;
+        let ends = outgoing.next == outgoing.end;
+        let last = ends && outgoing.last;
+        let mut success = false;
+        if ends {
+            slot.outgoing = None;
+            if let Some(cqe) = slot.answer.take() {
+                // Without flow control a plain success needs no entry: the flag says it.
+                success = last
+                    && !flow_control
+                    && cqe.status().is_success()
+                    && cqe.result.get() == 0;
+                if success {
+                    slot.closed = true;
+                } else {
+                    self.tx.push_back(Tx::Response { slot: Some(index), cqe });
+                }
+            }
+        } else {
+            // Round-robin, so that no command starves another.
+            self.tx.push_back(Tx::Data(index));
+        }
+        slot.tx_pending += 1;
+        let data = Data { cccid: slot.cid, ttag: 0, offset, length, last, success };
+        let payload = TxPayload { slot: index, offset, len: length };
+        Some(pdu::data(pdu_type::C2H_DATA, data, limits).with_payload(payload))
+    }
+}
+
+impl sealed::Sealed for Controller {
+    #[expect(private_interfaces, reason = "the trait is sealed")]
+    const RECEIVER: Receiver = Receiver::Controller;
+    const TERM_REQ: u8 = pdu_type::C2H_TERM_REQ;
+
+    #[expect(private_interfaces, reason = "the trait is sealed")]
+    fn received(&mut self, pdu: Pdu, limits: &Limits) -> Result<Window, FatalError> {
+        match pdu {
+            Pdu::CapsuleCmd { sqe, data_len } => self.command(sqe, data_len),
+            Pdu::Data(data) => self.data_out(data, limits),
+            Pdu::CapsuleResp { .. } | Pdu::R2t(_) | Pdu::TermReq(_) => {
+                Err(FatalError::field(offset::TYPE, "PDU type not expected here"))
+            }
+        }
+    }
+
+    fn payload_complete(&mut self) {
+        let Some(index) = self.receiving.take() else { return };
+        let slot = &mut self.slots[usize::from(index)];
+        let done = slot.in_capsule || slot.fetch.is_some_and(|fetch| fetch.next == fetch.end);
+        if !done {
+            return;
+        }
+        slot.fetch = None;
+        if slot.answered {
+            self.retire_if_done(index);
+        } else {
+            self.events.push_back(ControllerEvent::Fetched { slot: index });
+        }
+    }
+
+    fn transmit(&mut self, limits: &Limits) -> Option<TxPdu> {
+        loop {
+            match self.tx.pop_front()? {
+                Tx::Data(index) => {
+                    if let Some(pdu) = self.transmit_data(index, limits) {
+                        return Some(pdu);
+                    }
+                }
+                Tx::R2t(index) => {
+                    let slot = &mut self.slots[usize::from(index)];
+                    let Some(fetch) = slot.fetch.as_mut().filter(|_| !slot.answered) else {
+                        // Answered before it was asked for: nothing will come.
+                        slot.fetch = None;
+                        self.retire_if_done(index);
+                        continue;
+                    };
+                    fetch.asked = true;
+                    return Some(pdu::r2t(Data {
+                        cccid: slot.cid,
+                        ttag: index,
+                        offset: fetch.next,
+                        length: fetch.end - fetch.next,
+                        last: false,
+                        success: false,
+                    }));
+                }
+                Tx::Response { slot, mut cqe } => {
+                    cqe.sqhd = self.next_sqhd().into();
+                    if let Some(index) = slot {
+                        let slot = &mut self.slots[usize::from(index)];
+                        cqe.cid = slot.cid.into();
+                        slot.closed = true;
+                        self.retire_if_done(index);
+                    }
+                    return Some(pdu::capsule_resp(cqe));
+                }
+            }
+        }
+    }
+
+    fn transmitted(&mut self, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        slot.tx_pending = slot.tx_pending.saturating_sub(1);
+        self.retire_if_done(index);
+    }
+}

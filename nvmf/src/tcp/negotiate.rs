@@ -1,0 +1,224 @@
+//! ICReq and ICResp: pure functions from one peer's parameters to what was agreed.
+
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::error::{FatalError, Fes};
+use super::pdu::{CommonHeader, offset, pdu_type};
+
+/// Length of ICReq and of ICResp.
+pub const IC_LEN: usize = 128;
+/// R2Ts that a host of ours takes for one command at a time.
+pub const HOST_MAX_R2T: u32 = 4;
+/// Largest payload of one H2CData that a controller of ours takes, in bytes.
+pub const CONTROLLER_MAX_H2C_DATA: u32 = 1024 * 1024;
+
+/// Alignment that we ask for, in bytes: the smallest.
+pub(crate) const OUR_ALIGN: u32 = 4;
+
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct IcPdu {
+    common: CommonHeader,
+    pfv: U16,
+    /// HPDA or CPDA: dwords, zero-based.
+    pda: u8,
+    digests: u8,
+    /// ICReq: MAXR2T, zero-based. ICResp: MAXH2CDATA in bytes.
+    limit: U32,
+    reserved: [u8; 112],
+}
+
+const _: () = assert!(size_of::<IcPdu>() == IC_LEN);
+
+/// What a host and a controller agreed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Negotiated {
+    /// Alignment of payload that we send, in bytes (4 to 128).
+    pub tx_align: u32,
+    /// Largest payload of one H2CData, in bytes.
+    pub max_h2c_data: u32,
+    /// R2Ts that one command may have outstanding.
+    pub max_r2t: u32,
+}
+
+fn ic_pdu(pdu_type: u8, limit: u32) -> [u8; IC_LEN] {
+    let common = CommonHeader {
+        pdu_type,
+        flags: 0,
+        hlen: IC_LEN as u8,
+        pdo: 0,
+        plen: (IC_LEN as u32).into(),
+    };
+    let pdu = IcPdu {
+        common,
+        pfv: 0.into(),
+        pda: (OUR_ALIGN / 4 - 1) as u8,
+        digests: 0,
+        limit: limit.into(),
+        reserved: [0; 112],
+    };
+    let mut bytes = [0; IC_LEN];
+    bytes.copy_from_slice(pdu.as_bytes());
+    bytes
+}
+
+/// The ICReq of a host of ours.
+pub fn ic_req() -> [u8; IC_LEN] {
+    ic_pdu(pdu_type::IC_REQ, HOST_MAX_R2T - 1)
+}
+
+/// Checks of the fields that both IC PDUs have, lowest offset first.
+fn check(bytes: &[u8; IC_LEN], expected_type: u8) -> Result<IcPdu, FatalError> {
+    let Ok(pdu) = IcPdu::read_from_bytes(bytes) else {
+        return Err(FatalError::field(offset::PLEN, "wrong length of an IC PDU"));
+    };
+    let common = pdu.common;
+    if common.pdu_type != expected_type {
+        return Err(FatalError::field(offset::TYPE, "not the IC PDU that starts a connection"));
+    }
+    if common.flags != 0 {
+        return Err(FatalError::field(offset::FLAGS, "flags in an IC PDU"));
+    }
+    if usize::from(common.hlen) != IC_LEN {
+        return Err(FatalError::field(offset::HLEN, "wrong header length of an IC PDU"));
+    }
+    if common.pdo != 0 {
+        return Err(FatalError::field(offset::PDO, "data offset in an IC PDU"));
+    }
+    if common.plen.get() as usize != IC_LEN {
+        return Err(FatalError::field(offset::PLEN, "wrong length of an IC PDU"));
+    }
+    if pdu.pfv.get() != 0 {
+        return Err(FatalError {
+            fes: Fes::UNSUPPORTED_PARAMETER,
+            fei: 8,
+            what: "PDU format version is not 0",
+        });
+    }
+    if pdu.pda > 31 {
+        return Err(FatalError::field(10, "data alignment above 128 bytes"));
+    }
+    if pdu.digests & !3 != 0 {
+        return Err(FatalError::field(11, "reserved digest bits"));
+    }
+    Ok(pdu)
+}
+
+fn align(pda: u8) -> u32 {
+    (u32::from(pda) + 1) * 4
+}
+
+/// The controller's side: checks an ICReq and makes the ICResp.
+///
+/// # Errors
+/// The offence, for a termination request.
+pub fn answer(req: &[u8; IC_LEN]) -> Result<(Negotiated, [u8; IC_LEN]), FatalError> {
+    let pdu = check(req, pdu_type::IC_REQ)?;
+    let negotiated = Negotiated {
+        tx_align: align(pdu.pda),
+        max_h2c_data: CONTROLLER_MAX_H2C_DATA,
+        max_r2t: pdu.limit.get().saturating_add(1),
+    };
+    Ok((negotiated, ic_pdu(pdu_type::IC_RESP, CONTROLLER_MAX_H2C_DATA)))
+}
+
+/// The host's side: checks an ICResp.
+///
+/// # Errors
+/// The offence, for a termination request.
+pub fn agree(resp: &[u8; IC_LEN]) -> Result<Negotiated, FatalError> {
+    let pdu = check(resp, pdu_type::IC_RESP)?;
+    if pdu.digests != 0 {
+        return Err(FatalError {
+            fes: Fes::UNSUPPORTED_PARAMETER,
+            fei: 11,
+            what: "a digest was enabled that was not asked for",
+        });
+    }
+    let max_h2c_data = pdu.limit.get();
+    if max_h2c_data < 4096 || !max_h2c_data.is_multiple_of(4) {
+        return Err(FatalError::field(12, "MAXH2CDATA below 4096 or not a multiple of 4"));
+    }
+    Ok(Negotiated { tx_align: align(pdu.pda), max_h2c_data, max_r2t: HOST_MAX_R2T })
+}
+
+/// A termination request for an offending IC PDU: `host` says who sends it.
+pub fn refuse(error: FatalError, offending: &[u8; IC_LEN], host: bool) -> Vec<u8> {
+    let kind = if host { pdu_type::H2C_TERM_REQ } else { pdu_type::C2H_TERM_REQ };
+    super::pdu::term_req(kind, error, offending).header().to_vec()
+}
+
+/// If these bytes begin a termination request, what it says. For a peer that answers ICReq so.
+pub fn termination(bytes: &[u8]) -> Option<super::TermReq> {
+    let (header, _) = super::pdu::TermReqHeader::ref_from_prefix(bytes).ok()?;
+    let kind = header.common.pdu_type;
+    (kind == pdu_type::C2H_TERM_REQ || kind == pdu_type::H2C_TERM_REQ).then(|| super::TermReq {
+        fes: Fes(header.fes.get()),
+        fei: u32::from_le_bytes(header.fei),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_host_and_our_controller_agree() {
+        let (controller, resp) = answer(&ic_req()).unwrap();
+        let host = agree(&resp).unwrap();
+        assert_eq!(host, controller);
+        assert_eq!((host.tx_align, host.max_r2t), (4, HOST_MAX_R2T));
+    }
+
+    #[test]
+    fn each_bad_field_of_an_ic_pdu_is_reported_at_its_offset_lowest_first() {
+        for (at, value, fes, fei) in [
+            (0, 0x04, 1, 0),
+            (1, 0x01, 1, 1),
+            (2, 127, 1, 2),
+            (3, 8, 1, 3),
+            (4, 127, 1, 4),
+            (8, 1, 6, 8),
+            (10, 32, 1, 10),
+            (11, 4, 1, 11),
+        ] {
+            let mut req = ic_req();
+            req[at] = value;
+            // A second offence, further on, must not hide the first.
+            req[11] |= 8;
+            let error = answer(&req).unwrap_err();
+            assert_eq!((error.fes.0, error.fei), (fes, fei), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_host_refuses_digests_it_did_not_ask_for_and_a_tiny_maxh2cdata() {
+        let (_, resp) = answer(&ic_req()).unwrap();
+        let mut digests = resp;
+        digests[11] = 1;
+        let error = agree(&digests).unwrap_err();
+        assert_eq!((error.fes.0, error.fei), (6, 11));
+        let mut tiny = resp;
+        tiny[12..16].copy_from_slice(&4092u32.to_le_bytes());
+        let error = agree(&tiny).unwrap_err();
+        assert_eq!((error.fes.0, error.fei), (1, 12));
+    }
+
+    #[test]
+    fn a_host_that_asks_for_digests_is_answered_without_them() {
+        let mut req = ic_req();
+        req[11] = 3;
+        let (_, resp) = answer(&req).unwrap();
+        assert_eq!(resp[11], 0);
+    }
+
+    #[test]
+    fn alignment_and_r2t_limit_are_made_ordinary_counts() {
+        let mut req = ic_req();
+        req[10] = 31;
+        req[12..16].copy_from_slice(&0u32.to_le_bytes());
+        let (agreed, _) = answer(&req).unwrap();
+        assert_eq!((agreed.tx_align, agreed.max_r2t), (128, 1));
+    }
+}

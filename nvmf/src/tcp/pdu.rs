@@ -1,0 +1,357 @@
+//! PDU headers: layouts, the checks that need no state, and encoding.
+
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::error::{FatalError, Fes};
+use super::qpair::{Limits, TxPdu};
+use crate::spec::{Cqe, Sqe};
+
+/// Longest header that is received or sent: IC PDUs, and PDO with the largest alignment.
+pub const MAX_HEADER_LEN: usize = 128;
+/// Largest termination request: header and 128 bytes of the offending PDU's header.
+const TERM_REQ_MAX: u32 = 152;
+
+pub(crate) const COMMON_LEN: usize = 8;
+
+/// PDU types.
+pub(crate) mod pdu_type {
+    pub(crate) const IC_REQ: u8 = 0x00;
+    pub(crate) const IC_RESP: u8 = 0x01;
+    pub(crate) const H2C_TERM_REQ: u8 = 0x02;
+    pub(crate) const C2H_TERM_REQ: u8 = 0x03;
+    pub(crate) const CAPSULE_CMD: u8 = 0x04;
+    pub(crate) const CAPSULE_RESP: u8 = 0x05;
+    pub(crate) const H2C_DATA: u8 = 0x06;
+    pub(crate) const C2H_DATA: u8 = 0x07;
+    pub(crate) const R2T: u8 = 0x09;
+}
+
+/// Flags of the common header.
+pub(crate) mod flag {
+    pub(crate) const LAST_PDU: u8 = 1 << 2;
+    pub(crate) const SUCCESS: u8 = 1 << 3;
+}
+
+/// Common header of every PDU (NVMe/TCP, figure "PDU Common Header").
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct CommonHeader {
+    pub(crate) pdu_type: u8,
+    pub(crate) flags: u8,
+    pub(crate) hlen: u8,
+    pub(crate) pdo: u8,
+    pub(crate) plen: U32,
+}
+
+/// CapsuleCmd.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct CapsuleCmd {
+    pub(crate) common: CommonHeader,
+    pub(crate) sqe: Sqe,
+}
+
+/// CapsuleResp.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct CapsuleResp {
+    pub(crate) common: CommonHeader,
+    pub(crate) cqe: Cqe,
+}
+
+/// H2CData, C2HData and R2T: the three have one layout.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct DataHeader {
+    pub(crate) common: CommonHeader,
+    pub(crate) cccid: U16,
+    /// Reserved in C2HData.
+    pub(crate) ttag: U16,
+    pub(crate) offset: U32,
+    pub(crate) length: U32,
+    pub(crate) reserved: [u8; 4],
+}
+
+/// Header of a termination request, either direction.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(crate) struct TermReqHeader {
+    pub(crate) common: CommonHeader,
+    pub(crate) fes: U16,
+    pub(crate) fei: [u8; 4],
+    pub(crate) reserved: [u8; 10],
+}
+
+const _: () = {
+    assert!(size_of::<CommonHeader>() == COMMON_LEN);
+    assert!(size_of::<CapsuleCmd>() == 72);
+    assert!(size_of::<CapsuleResp>() == 24);
+    assert!(size_of::<DataHeader>() == 24);
+    assert!(size_of::<TermReqHeader>() == 24);
+};
+
+/// Byte offsets of fields, as FEI names them.
+pub(crate) mod offset {
+    pub(crate) const TYPE: u32 = 0;
+    pub(crate) const FLAGS: u32 = 1;
+    pub(crate) const HLEN: u32 = 2;
+    pub(crate) const PDO: u32 = 3;
+    pub(crate) const PLEN: u32 = 4;
+    pub(crate) const CCCID: u32 = 8;
+    pub(crate) const TTAG: u32 = 10;
+    pub(crate) const DATA_LENGTH: u32 = 16;
+}
+
+/// A termination request that was received.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TermReq {
+    /// Fatal error status that the peer reports.
+    pub fes: Fes,
+    /// Fatal error information.
+    pub fei: u32,
+}
+
+impl std::fmt::Display for TermReq {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (FES {}, FEI {})", self.fes.text(), self.fes.0, self.fei)
+    }
+}
+
+/// A data header taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Data {
+    pub(crate) cccid: u16,
+    pub(crate) ttag: u16,
+    pub(crate) offset: u32,
+    pub(crate) length: u32,
+    pub(crate) last: bool,
+    pub(crate) success: bool,
+}
+
+/// A received PDU, its fields checked as far as that needs no state.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Pdu {
+    CapsuleCmd { sqe: Sqe, data_len: u32 },
+    CapsuleResp { cqe: Cqe },
+    Data(Data),
+    R2t(Data),
+    TermReq(TermReq),
+}
+
+/// What a common header tells the framer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shape {
+    /// Header bytes.
+    pub(crate) hlen: usize,
+    /// Bytes between header and payload.
+    pub(crate) pad: usize,
+    /// Payload bytes.
+    pub(crate) data_len: u32,
+}
+
+/// Who receives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Receiver {
+    Host,
+    Controller,
+}
+
+/// Checks a common header in the order of its bytes, so that the lowest offence is reported.
+///
+/// `None` means that it is a termination request not worth an answer: just close.
+pub(crate) fn check_common(
+    header: &CommonHeader,
+    receiver: Receiver,
+    limits: &Limits,
+) -> Result<Option<Shape>, FatalError> {
+    use pdu_type::*;
+    let expected = match (receiver, header.pdu_type) {
+        (Receiver::Host, CAPSULE_RESP) => (0, 24, DataRule::Never),
+        (Receiver::Host, C2H_DATA) => (flag::LAST_PDU | flag::SUCCESS, 24, DataRule::Always),
+        (Receiver::Host, R2T) => (0, 24, DataRule::Never),
+        (Receiver::Host, C2H_TERM_REQ) | (Receiver::Controller, H2C_TERM_REQ) => {
+            return Ok(check_term_req(header));
+        }
+        (Receiver::Controller, CAPSULE_CMD) => (0, 72, DataRule::Optional),
+        (Receiver::Controller, H2C_DATA) => (flag::LAST_PDU, 24, DataRule::Always),
+        _ => return Err(FatalError::field(offset::TYPE, "PDU type not expected here")),
+    };
+    let (flags_allowed, hlen, rule) = expected;
+    // NVMe/TCP: flags that are not defined for a type are reserved, and digest flags are set if and
+    // only if the digest was negotiated.
+    if header.flags & !flags_allowed != 0 {
+        return Err(FatalError::field(offset::FLAGS, "PDU flags not allowed"));
+    }
+    if header.flags & flag::SUCCESS != 0 && header.flags & flag::LAST_PDU == 0 {
+        return Err(FatalError::field(offset::FLAGS, "SUCCESS without LAST_PDU"));
+    }
+    if header.hlen != hlen {
+        return Err(FatalError::field(offset::HLEN, "wrong header length"));
+    }
+    let plen = header.plen.get();
+    let hlen = u32::from(hlen);
+    let pdo = u32::from(header.pdo);
+    let data_starts = match rule {
+        DataRule::Never if pdo != 0 => {
+            return Err(FatalError::field(offset::PDO, "data offset in a PDU without data"));
+        }
+        DataRule::Never => hlen,
+        DataRule::Optional | DataRule::Always if pdo == 0 => {
+            // Allowed only when there is no data.
+            if plen > hlen {
+                return Err(FatalError::field(offset::PDO, "no data offset although data follows"));
+            }
+            hlen
+        }
+        DataRule::Optional | DataRule::Always => {
+            if pdo < hlen || pdo > plen || !pdo.is_multiple_of(limits.rx_align) {
+                return Err(FatalError::field(offset::PDO, "data offset not acceptable"));
+            }
+            pdo
+        }
+    };
+    if plen < data_starts || (rule == DataRule::Never && plen != hlen) {
+        return Err(FatalError::field(offset::PLEN, "PDU length does not fit its header"));
+    }
+    let data_len = plen - data_starts;
+    if header.pdu_type == CAPSULE_CMD && data_len > limits.in_capsule_limit {
+        return Err(FatalError::field(offset::PLEN, "more in-capsule data than was agreed"));
+    }
+    Ok(Some(Shape {
+        hlen: hlen as usize,
+        pad: (data_starts - hlen) as usize,
+        data_len,
+    }))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DataRule {
+    Never,
+    Optional,
+    Always,
+}
+
+fn check_term_req(header: &CommonHeader) -> Option<Shape> {
+    let plen = header.plen.get();
+    let good = header.hlen == 24 && (24..=TERM_REQ_MAX).contains(&plen);
+    good.then_some(Shape { hlen: 24, pad: 0, data_len: plen - 24 })
+}
+
+/// Types a complete header whose common part was checked.
+pub(crate) fn parse(header: &[u8], shape: Shape) -> Result<Pdu, FatalError> {
+    let short = FatalError::field(offset::HLEN, "wrong header length");
+    let (common, _) = CommonHeader::ref_from_prefix(header).map_err(|_| short)?;
+    match common.pdu_type {
+        pdu_type::CAPSULE_CMD => {
+            let (capsule, _) = CapsuleCmd::ref_from_prefix(header).map_err(|_| short)?;
+            Ok(Pdu::CapsuleCmd { sqe: capsule.sqe, data_len: shape.data_len })
+        }
+        pdu_type::CAPSULE_RESP => {
+            let (capsule, _) = CapsuleResp::ref_from_prefix(header).map_err(|_| short)?;
+            Ok(Pdu::CapsuleResp { cqe: capsule.cqe })
+        }
+        pdu_type::H2C_TERM_REQ | pdu_type::C2H_TERM_REQ => {
+            let (term, _) = TermReqHeader::ref_from_prefix(header).map_err(|_| short)?;
+            let term =
+                TermReq { fes: Fes(term.fes.get()), fei: u32::from_le_bytes(term.fei) };
+            Ok(Pdu::TermReq(term))
+        }
+        kind => {
+            let (data, _) = DataHeader::ref_from_prefix(header).map_err(|_| short)?;
+            let parsed = Data {
+                cccid: data.cccid.get(),
+                ttag: data.ttag.get(),
+                offset: data.offset.get(),
+                length: data.length.get(),
+                last: common.flags & flag::LAST_PDU != 0,
+                success: common.flags & flag::SUCCESS != 0,
+            };
+            if kind == pdu_type::R2T {
+                return Ok(Pdu::R2t(parsed));
+            }
+            if parsed.length != shape.data_len {
+                let what = "data length differs from what the PDU carries";
+                return Err(FatalError::field(offset::DATA_LENGTH, what));
+            }
+            Ok(Pdu::Data(parsed))
+        }
+    }
+}
+
+/// Where payload starts after a header of `hlen` bytes, with the receiver's alignment.
+fn data_offset(hlen: usize, align: u32) -> usize {
+    hlen.next_multiple_of(align as usize).min(MAX_HEADER_LEN)
+}
+
+fn common(pdu_type: u8, flags: u8, hlen: usize, pdo: usize, plen: usize) -> CommonHeader {
+    CommonHeader {
+        pdu_type,
+        flags,
+        hlen: hlen as u8,
+        pdo: pdo as u8,
+        plen: (plen as u32).into(),
+    }
+}
+
+/// CapsuleCmd, with `data_len` bytes of in-capsule data after it.
+pub(crate) fn capsule_cmd(sqe: Sqe, data_len: u32, limits: &Limits) -> TxPdu {
+    let hlen = size_of::<CapsuleCmd>();
+    let pdo = if data_len > 0 { data_offset(hlen, limits.tx_align) } else { 0 };
+    let starts = pdo.max(hlen);
+    let common = common(pdu_type::CAPSULE_CMD, 0, hlen, pdo, starts + data_len as usize);
+    TxPdu::new(CapsuleCmd { common, sqe }.as_bytes(), starts)
+}
+
+/// CapsuleResp.
+pub(crate) fn capsule_resp(cqe: Cqe) -> TxPdu {
+    let hlen = size_of::<CapsuleResp>();
+    let common = common(pdu_type::CAPSULE_RESP, 0, hlen, 0, hlen);
+    TxPdu::new(CapsuleResp { common, cqe }.as_bytes(), hlen)
+}
+
+/// H2CData or C2HData, with `data.length` bytes of payload after it.
+pub(crate) fn data(pdu_type: u8, data: Data, limits: &Limits) -> TxPdu {
+    let hlen = size_of::<DataHeader>();
+    let pdo = data_offset(hlen, limits.tx_align);
+    let flags = if data.last { flag::LAST_PDU } else { 0 }
+        | if data.success { flag::SUCCESS } else { 0 };
+    let common = common(pdu_type, flags, hlen, pdo, pdo + data.length as usize);
+    TxPdu::new(data_header(common, data).as_bytes(), pdo)
+}
+
+/// R2T.
+pub(crate) fn r2t(data: Data) -> TxPdu {
+    let hlen = size_of::<DataHeader>();
+    let common = common(pdu_type::R2T, 0, hlen, 0, hlen);
+    TxPdu::new(data_header(common, data).as_bytes(), hlen)
+}
+
+fn data_header(common: CommonHeader, data: Data) -> DataHeader {
+    DataHeader {
+        common,
+        cccid: data.cccid.into(),
+        ttag: data.ttag.into(),
+        offset: data.offset.into(),
+        length: data.length.into(),
+        reserved: [0; 4],
+    }
+}
+
+/// A termination request, with the start of the offending header behind it.
+pub(crate) fn term_req(pdu_type: u8, error: FatalError, offending: &[u8]) -> TxPdu {
+    let hlen = size_of::<TermReqHeader>();
+    // As much as fits a header buffer; the specification allows 128 bytes, no PDU header of ours
+    // has more than 72.
+    let echo = &offending[..offending.len().min(MAX_HEADER_LEN - hlen)];
+    let header = TermReqHeader {
+        common: common(pdu_type, 0, hlen, 0, hlen + echo.len()),
+        fes: error.fes.0.into(),
+        fei: error.fei.to_le_bytes(),
+        reserved: [0; 10],
+    };
+    let mut bytes = [0; MAX_HEADER_LEN];
+    bytes[..hlen].copy_from_slice(header.as_bytes());
+    bytes[hlen..hlen + echo.len()].copy_from_slice(echo);
+    TxPdu::new(&bytes[..hlen + echo.len()], hlen + echo.len())
+}

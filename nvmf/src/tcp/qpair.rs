@@ -1,0 +1,279 @@
+//! The queue pair machine: what both roles share of receiving, sending and ending.
+
+use super::error::FatalError;
+use super::framer::{Framed, Framer};
+use super::negotiate::{Negotiated, OUR_ALIGN};
+use super::pdu::{self, MAX_HEADER_LEN, Pdu, Receiver, TermReq};
+
+/// What bounds a queue pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Alignment of payload that we receive, in bytes.
+    pub rx_align: u32,
+    /// Alignment of payload that we send, in bytes.
+    pub tx_align: u32,
+    /// Largest payload of one H2CData, in bytes.
+    pub max_h2c_data: u32,
+    /// R2Ts that one command may have outstanding.
+    pub max_r2t: u32,
+    /// Largest in-capsule data, in bytes.
+    pub in_capsule_limit: u32,
+    /// The admin queue.
+    pub admin: bool,
+}
+
+impl Limits {
+    /// From what was negotiated.
+    pub fn new(negotiated: &Negotiated, in_capsule_limit: u32, admin: bool) -> Self {
+        Self {
+            rx_align: OUR_ALIGN,
+            tx_align: negotiated.tx_align,
+            max_h2c_data: negotiated.max_h2c_data,
+            max_r2t: negotiated.max_r2t,
+            in_capsule_limit,
+            admin,
+        }
+    }
+}
+
+/// What the next received bytes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// Header: feed them; this many complete what is known of it.
+    Header(usize),
+    /// Payload of the command in `slot`: `len` bytes at `offset` of its data.
+    Payload {
+        /// The command.
+        slot: u16,
+        /// Offset into the command's data.
+        offset: u32,
+        /// Bytes.
+        len: u32,
+    },
+    /// Payload that nobody wants any more: this many bytes to skip.
+    Discard(u32),
+    /// Nothing: the connection is over.
+    Nothing,
+}
+
+/// Payload that follows a header that is sent: a range of a command's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TxPayload {
+    /// The command.
+    pub slot: u16,
+    /// Offset into the command's data.
+    pub offset: u32,
+    /// Bytes.
+    pub len: u32,
+}
+
+/// One PDU to send.
+#[derive(Debug, Clone, Copy)]
+pub struct TxPdu {
+    header: [u8; MAX_HEADER_LEN],
+    len: u8,
+    /// Payload after the header. When the kernel has taken all of it, say so with
+    /// [`QPair::transmitted`].
+    pub payload: Option<TxPayload>,
+}
+
+impl TxPdu {
+    /// A header of `len` bytes, of which those after `bytes` are padding.
+    pub(crate) fn new(bytes: &[u8], len: usize) -> Self {
+        let mut header = [0; MAX_HEADER_LEN];
+        header[..bytes.len()].copy_from_slice(bytes);
+        Self { header, len: len as u8, payload: None }
+    }
+
+    pub(crate) fn with_payload(mut self, payload: TxPayload) -> Self {
+        self.payload = (payload.len > 0).then_some(payload);
+        self
+    }
+
+    /// Header and padding.
+    pub fn header(&self) -> &[u8] {
+        &self.header[..usize::from(self.len)]
+    }
+}
+
+/// Where received payload goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Window {
+    /// `None`: nowhere.
+    pub(crate) slot: Option<u16>,
+    pub(crate) offset: u32,
+    pub(crate) len: u32,
+}
+
+impl Window {
+    pub(crate) const EMPTY: Self = Self { slot: None, offset: 0, len: 0 };
+
+    pub(crate) fn discard(len: u32) -> Self {
+        Self { slot: None, offset: 0, len }
+    }
+}
+
+/// What differs between the ends: a host or a controller.
+pub trait Role: sealed::Sealed {}
+
+pub(crate) mod sealed {
+    use super::{FatalError, Limits, Pdu, Receiver, TxPdu, Window};
+
+    pub trait Sealed {
+        #[expect(private_interfaces, reason = "the trait is sealed")]
+        const RECEIVER: Receiver;
+        const TERM_REQ: u8;
+        /// A PDU's header arrived; says where its payload goes.
+        #[expect(private_interfaces, reason = "the trait is sealed")]
+        fn received(&mut self, pdu: Pdu, limits: &Limits) -> Result<Window, FatalError>;
+        /// The payload of that PDU is complete.
+        fn payload_complete(&mut self);
+        /// The next PDU to send.
+        fn transmit(&mut self, limits: &Limits) -> Option<TxPdu>;
+        /// The kernel has all payload of a PDU of this command.
+        fn transmitted(&mut self, slot: u16);
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Live,
+    /// The peer broke the protocol; the termination request is still to be sent.
+    Faulted(FatalError),
+    /// The peer sent a termination request; `None` when it was too malformed to read.
+    Terminated(Option<TermReq>),
+    /// Nothing is sent or received any more.
+    Silent,
+}
+
+/// One end of an NVMe/TCP queue pair.
+#[derive(Debug)]
+pub struct QPair<R> {
+    framer: Framer,
+    limits: Limits,
+    life: Life,
+    window: Window,
+    pub(crate) role: R,
+}
+
+impl<R: Role> QPair<R> {
+    pub(crate) fn with_role(role: R, limits: Limits) -> Self {
+        Self {
+            framer: Framer::new(),
+            limits,
+            life: Life::Live,
+            window: Window::EMPTY,
+            role,
+        }
+    }
+
+    /// What bounds it.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// What the next received bytes are.
+    pub fn want(&self) -> Want {
+        if self.life != Life::Live {
+            return Want::Nothing;
+        }
+        match self.window {
+            Window { len: 0, .. } => Want::Header(self.framer.needed()),
+            Window { slot: Some(slot), offset, len } => Want::Payload { slot, offset, len },
+            Window { slot: None, len, .. } => Want::Discard(len),
+        }
+    }
+
+    /// Takes header bytes; to be called when [`Self::want`] says `Header`. Returns how many were
+    /// used: fewer than given when a header is complete and something else follows.
+    ///
+    /// # Errors
+    /// The peer broke the protocol: send what [`Self::transmit`] still gives, and close.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<usize, FatalError> {
+        if self.life != Life::Live || self.window.len > 0 {
+            return Ok(0);
+        }
+        let step = self.framer.feed(bytes, R::RECEIVER, &self.limits);
+        let handled = step.and_then(|(used, framed)| {
+            let window = match framed {
+                Framed::More => None,
+                Framed::Garbage => {
+                    self.life = Life::Terminated(None);
+                    None
+                }
+                Framed::Pdu(Pdu::TermReq(term)) => {
+                    self.life = Life::Terminated(Some(term));
+                    None
+                }
+                Framed::Pdu(pdu) => Some(self.role.received(pdu, &self.limits)?),
+            };
+            Ok((used, window))
+        });
+        match handled {
+            Ok((used, window)) => {
+                if let Some(window) = window {
+                    self.window = window;
+                    self.finish_window();
+                }
+                Ok(used)
+            }
+            Err(error) => {
+                self.life = Life::Faulted(error);
+                Err(error)
+            }
+        }
+    }
+
+    /// `moved` bytes of what [`Self::want`] announced were moved or skipped.
+    pub fn payload_moved(&mut self, moved: u32) {
+        debug_assert!(moved <= self.window.len);
+        let moved = moved.min(self.window.len);
+        self.window.len -= moved;
+        self.window.offset = self.window.offset.saturating_add(moved);
+        self.finish_window();
+    }
+
+    fn finish_window(&mut self) {
+        if self.window.len == 0 {
+            self.role.payload_complete();
+            self.framer.next_header();
+            self.window = Window::EMPTY;
+        }
+    }
+
+    /// True when the stream could end here without cutting a PDU.
+    pub fn at_boundary(&self) -> bool {
+        self.framer.at_boundary() && self.window.len == 0
+    }
+
+    /// The next PDU to send, if there is one. After a fault: the termination request, once.
+    pub fn transmit(&mut self) -> Option<TxPdu> {
+        match self.life {
+            Life::Live => self.role.transmit(&self.limits),
+            Life::Faulted(error) => {
+                self.life = Life::Silent;
+                Some(pdu::term_req(R::TERM_REQ, error, self.framer.offending()))
+            }
+            Life::Terminated(_) | Life::Silent => None,
+        }
+    }
+
+    /// The kernel has taken all payload of a PDU that [`Self::transmit`] gave.
+    pub fn transmitted(&mut self, payload: TxPayload) {
+        self.role.transmitted(payload.slot);
+    }
+
+    /// The peer ended the connection with a termination request (or with one too malformed to
+    /// read).
+    pub fn terminated(&self) -> Option<Option<TermReq>> {
+        match self.life {
+            Life::Terminated(term) => Some(term),
+            Life::Live | Life::Faulted(_) | Life::Silent => None,
+        }
+    }
+
+    /// Sends and receives nothing any more.
+    pub fn silence(&mut self) {
+        self.life = Life::Silent;
+    }
+}
