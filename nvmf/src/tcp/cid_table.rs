@@ -14,7 +14,10 @@ pub(crate) struct CidTable {
 impl CidTable {
     pub(crate) fn new(capacity: usize) -> Self {
         let len = (capacity.max(1) * 2).next_power_of_two();
-        Self { places: vec![EMPTY; len], mask: len - 1 }
+        Self {
+            places: vec![EMPTY; len],
+            mask: len - 1,
+        }
     }
 
     fn home(&self, cid: u16) -> usize {
@@ -44,7 +47,9 @@ impl CidTable {
     }
 
     pub(crate) fn remove(&mut self, cid: u16) {
-        let Ok(mut hole) = self.place(cid) else { return };
+        let Ok(mut hole) = self.place(cid) else {
+            return;
+        };
         // Close the gap: whatever follows may move back to it unless its home lies behind.
         let mut at = (hole + 1) & self.mask;
         while self.places[at] != EMPTY {

@@ -73,6 +73,8 @@ struct Outgoing {
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     busy: bool,
+    /// The consumer has taken the command from the events.
+    seen: bool,
     cid: u16,
     data_len: u32,
     in_capsule: bool,
@@ -125,12 +127,22 @@ impl QPair<Controller> {
 
     /// The next event.
     pub fn event(&mut self) -> Option<ControllerEvent> {
-        self.role.events.pop_front()
+        let event = self.role.events.pop_front();
+        if let Some(ControllerEvent::Command { slot, .. }) = event
+            && let Some(slot) = self.role.slots.get_mut(usize::from(slot))
+        {
+            slot.seen = true;
+        }
+        event
     }
 
     /// Commands that arrived and were not answered.
     pub fn outstanding(&self) -> usize {
-        self.role.slots.iter().filter(|slot| slot.busy && !slot.answered).count()
+        self.role
+            .slots
+            .iter()
+            .filter(|slot| slot.busy && !slot.answered)
+            .count()
     }
 
     /// So much waits to be sent that receiving more would let the peer grow our memory.
@@ -140,7 +152,10 @@ impl QPair<Controller> {
 
     /// The slot holds a command that was not answered.
     pub fn is_outstanding(&self, slot: u16) -> bool {
-        self.role.slots.get(usize::from(slot)).is_some_and(|slot| slot.busy && !slot.answered)
+        self.role
+            .slots
+            .get(usize::from(slot))
+            .is_some_and(|slot| slot.busy && !slot.answered)
     }
 
     /// Begins to fetch `len` bytes of a command's data at `offset`; one fetch at a time for each
@@ -158,7 +173,11 @@ impl QPair<Controller> {
         if slot.in_capsule || slot.fetch.is_some() || len == 0 {
             return Err(FetchError(Status::INTERNAL_ERROR));
         }
-        slot.fetch = Some(Fetch { next: offset, end, asked: false });
+        slot.fetch = Some(Fetch {
+            next: offset,
+            end,
+            asked: false,
+        });
         role.tx.push_back(Tx::R2t(index));
         Ok(())
     }
@@ -167,13 +186,7 @@ impl QPair<Controller> {
     ///
     /// # Errors
     /// The status to answer with.
-    pub fn send(
-        &mut self,
-        index: u16,
-        offset: u32,
-        len: u32,
-        last: bool,
-    ) -> Result<(), SendError> {
+    pub fn send(&mut self, index: u16, offset: u32, len: u32, last: bool) -> Result<(), SendError> {
         let role = &mut self.role;
         let slot = role.slots.get_mut(usize::from(index));
         let slot = slot.filter(|slot| slot.busy && !slot.answered);
@@ -184,7 +197,11 @@ impl QPair<Controller> {
             return Err(SendError(Status::INVALID_FIELD));
         }
         slot.sent = end;
-        slot.outgoing = Some(Outgoing { next: offset, end, last });
+        slot.outgoing = Some(Outgoing {
+            next: offset,
+            end,
+            last,
+        });
         role.tx.push_back(Tx::Data(index));
         Ok(())
     }
@@ -202,7 +219,10 @@ impl QPair<Controller> {
         if slot.outgoing.is_some() {
             slot.answer = Some(cqe);
         } else {
-            role.tx.push_back(Tx::Response { slot: Some(index), cqe });
+            role.tx.push_back(Tx::Response {
+                slot: Some(index),
+                cqe,
+            });
         }
         Answered::Queued
     }
@@ -282,15 +302,34 @@ impl Controller {
         ))?;
         self.cids.insert(cid, index);
         let in_capsule = in_capsule && data_len > 0;
-        let fetch = in_capsule.then_some(Fetch { next: 0, end: data_len, asked: true });
-        self.slots[usize::from(index)] =
-            Slot { busy: true, cid, data_len, in_capsule, fetch, ..Slot::default() };
-        self.events.push_back(ControllerEvent::Command { slot: index, sqe, data_len, in_capsule });
+        let fetch = in_capsule.then_some(Fetch {
+            next: 0,
+            end: data_len,
+            asked: true,
+        });
+        self.slots[usize::from(index)] = Slot {
+            busy: true,
+            cid,
+            data_len,
+            in_capsule,
+            fetch,
+            ..Slot::default()
+        };
+        self.events.push_back(ControllerEvent::Command {
+            slot: index,
+            sqe,
+            data_len,
+            in_capsule,
+        });
         if !in_capsule {
             return Ok(Window::EMPTY);
         }
         self.receiving = Some(index);
-        Ok(Window { slot: Some(index), offset: 0, len: data_len })
+        Ok(Window {
+            slot: Some(index),
+            offset: 0,
+            len: data_len,
+        })
     }
 
     fn data_out(&mut self, data: Data, limits: &Limits) -> Result<Window, FatalError> {
@@ -298,7 +337,10 @@ impl Controller {
         let slot = self.slots.get_mut(usize::from(data.ttag));
         let slot = slot.filter(|slot| slot.busy && !slot.in_capsule);
         let Some(slot) = slot else {
-            return Err(FatalError::field(offset::TTAG, "data for a transfer tag that is not open"));
+            return Err(FatalError::field(
+                offset::TTAG,
+                "data for a transfer tag that is not open",
+            ));
         };
         // CCCID lies before TTAG, so it is the lower offence when both are wrong.
         if slot.cid != data.cccid {
@@ -306,12 +348,21 @@ impl Controller {
             return Err(FatalError::field(offset::CCCID, what));
         }
         let Some(fetch) = slot.fetch.as_mut().filter(|fetch| fetch.asked) else {
-            return Err(FatalError::field(offset::TTAG, "data for a transfer tag that is not open"));
+            return Err(FatalError::field(
+                offset::TTAG,
+                "data for a transfer tag that is not open",
+            ));
         };
         if data.length > limits.max_h2c_data {
-            return Err(FatalError::other(Fes::LIMIT_EXCEEDED, "more data than MAXH2CDATA"));
+            return Err(FatalError::other(
+                Fes::LIMIT_EXCEEDED,
+                "more data than MAXH2CDATA",
+            ));
         }
-        let end = data.offset.checked_add(data.length).filter(|&end| end <= fetch.end);
+        let end = data
+            .offset
+            .checked_add(data.length)
+            .filter(|&end| end <= fetch.end);
         let end = end.ok_or(FatalError::other(
             Fes::DATA_OUT_OF_RANGE,
             "data beyond the range that was asked for",
@@ -326,7 +377,11 @@ impl Controller {
         fetch.next = end;
         self.receiving = Some(data.ttag);
         let wanted = !slot.answered;
-        Ok(Window { slot: wanted.then_some(data.ttag), offset: data.offset, len: data.length })
+        Ok(Window {
+            slot: wanted.then_some(data.ttag),
+            offset: data.offset,
+            len: data.length,
+        })
     }
 
     fn retire_if_done(&mut self, index: u16) {
@@ -360,14 +415,15 @@ impl Controller {
             slot.outgoing = None;
             if let Some(cqe) = slot.answer.take() {
                 // Without flow control a plain success needs no entry: the flag says it.
-                success = last
-                    && !flow_control
-                    && cqe.status().is_success()
-                    && cqe.result.get() == 0;
+                success =
+                    last && !flow_control && cqe.status().is_success() && cqe.result.get() == 0;
                 if success {
                     slot.closed = true;
                 } else {
-                    self.tx.push_back(Tx::Response { slot: Some(index), cqe });
+                    self.tx.push_back(Tx::Response {
+                        slot: Some(index),
+                        cqe,
+                    });
                 }
             }
         } else {
@@ -375,8 +431,19 @@ impl Controller {
             self.tx.push_back(Tx::Data(index));
         }
         slot.tx_pending += 1;
-        let data = Data { cccid: slot.cid, ttag: 0, offset, length, last, success };
-        let payload = TxPayload { slot: index, offset, len: length };
+        let data = Data {
+            cccid: slot.cid,
+            ttag: 0,
+            offset,
+            length,
+            last,
+            success,
+        };
+        let payload = TxPayload {
+            slot: index,
+            offset,
+            len: length,
+        };
         Some(pdu::data(pdu_type::C2H_DATA, data, limits).with_payload(payload))
     }
 }
@@ -391,14 +458,17 @@ impl sealed::Sealed for Controller {
         match pdu {
             Pdu::CapsuleCmd { sqe, data_len } => self.command(sqe, data_len),
             Pdu::Data(data) => self.data_out(data, limits),
-            Pdu::CapsuleResp { .. } | Pdu::R2t(_) | Pdu::TermReq(_) => {
-                Err(FatalError::field(offset::TYPE, "PDU type not expected here"))
-            }
+            Pdu::CapsuleResp { .. } | Pdu::R2t(_) | Pdu::TermReq(_) => Err(FatalError::field(
+                offset::TYPE,
+                "PDU type not expected here",
+            )),
         }
     }
 
     fn payload_complete(&mut self) {
-        let Some(index) = self.receiving.take() else { return };
+        let Some(index) = self.receiving.take() else {
+            return;
+        };
         let slot = &mut self.slots[usize::from(index)];
         let done = slot.in_capsule || slot.fetch.is_some_and(|fetch| fetch.next == fetch.end);
         if !done {
@@ -408,8 +478,15 @@ impl sealed::Sealed for Controller {
         if slot.answered {
             self.retire_if_done(index);
         } else {
-            self.events.push_back(ControllerEvent::Fetched { slot: index });
+            self.events
+                .push_back(ControllerEvent::Fetched { slot: index });
         }
+    }
+
+    fn unseen(&self, slot: u16) -> bool {
+        self.slots
+            .get(usize::from(slot))
+            .is_some_and(|slot| !slot.seen)
     }
 
     fn transmit(&mut self, limits: &Limits) -> Option<TxPdu> {

@@ -47,7 +47,11 @@ pub struct FatalError {
 impl FatalError {
     /// A header field, by its byte offset.
     pub(crate) const fn field(offset: u32, what: &'static str) -> Self {
-        Self { fes: Fes::INVALID_HEADER_FIELD, fei: offset, what }
+        Self {
+            fes: Fes::INVALID_HEADER_FIELD,
+            fei: offset,
+            what,
+        }
     }
 
     /// Something other than a header field; FEI is 0.

@@ -39,7 +39,12 @@ pub(crate) struct Framer {
 
 impl Framer {
     pub(crate) fn new() -> Self {
-        Self { header: [0; MAX_HEADER_LEN], have: 0, state: State::Header(None), parsed: None }
+        Self {
+            header: [0; MAX_HEADER_LEN],
+            have: 0,
+            state: State::Header(None),
+            parsed: None,
+        }
     }
 
     /// Bytes that complete the current header, as far as is known.

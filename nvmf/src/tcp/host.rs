@@ -140,12 +140,24 @@ impl QPair<Host> {
         let generation = slot.generation.wrapping_add(1);
         // A queue of 65535 commands leaves no bit for the generation; it has no slot 65535 either.
         let upper = generation.checked_shl(role.slot_bits).unwrap_or(0);
-        let cid = if upper | index == CID_RESERVED { index } else { upper | index };
+        let cid = if upper | index == CID_RESERVED {
+            index
+        } else {
+            upper | index
+        };
         let in_capsule = direction == Direction::Out && len <= in_capsule_limit;
         sqe.cid = cid.into();
         sqe.flags = sqe.flags & !PSDT_MASK | PSDT_SGL;
-        let kind = if in_capsule { sgl_type::IN_CAPSULE } else { sgl_type::TRANSPORT };
-        sqe.sgl1 = SglDescriptor { length: len.into(), sgl_type: kind, ..Default::default() };
+        let kind = if in_capsule {
+            sgl_type::IN_CAPSULE
+        } else {
+            sgl_type::TRANSPORT
+        };
+        sqe.sgl1 = SglDescriptor {
+            length: len.into(),
+            sgl_type: kind,
+            ..Default::default()
+        };
         let moved = if in_capsule { len } else { 0 };
         *slot = Slot {
             busy: true,
@@ -178,7 +190,12 @@ impl QPair<Host> {
         if cqe.status().is_success() && short {
             cqe.status = Status::DATA_TRANSFER_ERROR.to_wire().into();
         }
-        let done = Completed { slot: index, cqe, sqhd_valid, transferred: slot.moved };
+        let done = Completed {
+            slot: index,
+            cqe,
+            sqhd_valid,
+            transferred: slot.moved,
+        };
         slot.busy = false;
         role.free.push(index);
         Some(done)
@@ -192,7 +209,12 @@ impl QPair<Host> {
         role.capsules.clear();
         role.solicited.clear();
         role.receiving = None;
-        for (index, slot) in role.slots.iter_mut().enumerate().filter(|(_, slot)| slot.busy) {
+        for (index, slot) in role
+            .slots
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, slot)| slot.busy)
+        {
             slot.tx_pending = 0;
             if slot.cqe.is_none() {
                 slot.cqe = Some((Cqe::new(slot.cid, Status::ABORTED_BY_HOST), false));
@@ -244,9 +266,15 @@ impl Host {
         let index = self
             .find(data.cccid)
             .filter(|&index| self.slots[usize::from(index)].direction == Direction::In)
-            .ok_or(FatalError::field(offset::CCCID, "data for a command that expects none"))?;
+            .ok_or(FatalError::field(
+                offset::CCCID,
+                "data for a command that expects none",
+            ))?;
         let slot = &mut self.slots[usize::from(index)];
-        let end = data.offset.checked_add(data.length).filter(|&end| end <= slot.len);
+        let end = data
+            .offset
+            .checked_add(data.length)
+            .filter(|&end| end <= slot.len);
         let end = end.ok_or(FatalError::other(
             Fes::DATA_OUT_OF_RANGE,
             "data beyond the end of the command's buffer",
@@ -259,9 +287,17 @@ impl Host {
             return Err(FatalError::other(Fes::SEQUENCE_ERROR, what));
         }
         slot.last_seen = data.last;
-        self.receiving =
-            Some(Receiving { slot: index, end, last: data.last, success: data.success });
-        Ok(Window { slot: Some(index), offset: data.offset, len: data.length })
+        self.receiving = Some(Receiving {
+            slot: index,
+            end,
+            last: data.last,
+            success: data.success,
+        });
+        Ok(Window {
+            slot: Some(index),
+            offset: data.offset,
+            len: data.length,
+        })
     }
 
     fn solicit(&mut self, r2t: Data, limits: &Limits) -> Result<Window, FatalError> {
@@ -271,18 +307,27 @@ impl Host {
                 let slot = &self.slots[usize::from(index)];
                 slot.direction == Direction::Out && !slot.in_capsule
             })
-            .ok_or(FatalError::field(offset::CCCID, "R2T for a command that has no data to send"))?;
+            .ok_or(FatalError::field(
+                offset::CCCID,
+                "R2T for a command that has no data to send",
+            ))?;
         let slot = &mut self.slots[usize::from(index)];
         if r2t.length == 0 {
             return Err(FatalError::field(offset::DATA_LENGTH, "R2T of no data"));
         }
         if slot.r2ts >= limits.max_r2t {
-            return Err(FatalError::other(Fes::LIMIT_EXCEEDED, "more R2Ts than MAXR2T allows"));
+            return Err(FatalError::other(
+                Fes::LIMIT_EXCEEDED,
+                "more R2Ts than MAXR2T allows",
+            ));
         }
         if r2t.offset != slot.moved {
             return Err(FatalError::other(Fes::SEQUENCE_ERROR, "R2T out of order"));
         }
-        let end = r2t.offset.checked_add(r2t.length).filter(|&end| end <= slot.len);
+        let end = r2t
+            .offset
+            .checked_add(r2t.length)
+            .filter(|&end| end <= slot.len);
         slot.moved = end.ok_or(FatalError::other(
             Fes::DATA_OUT_OF_RANGE,
             "R2T beyond the end of the command's data",
@@ -309,14 +354,21 @@ impl sealed::Sealed for Host {
             Pdu::CapsuleResp { cqe } => self.response(cqe),
             Pdu::Data(data) => self.data_in(data),
             Pdu::R2t(r2t) => self.solicit(r2t, limits),
-            Pdu::CapsuleCmd { .. } | Pdu::TermReq(_) => {
-                Err(FatalError::field(offset::TYPE, "PDU type not expected here"))
-            }
+            Pdu::CapsuleCmd { .. } | Pdu::TermReq(_) => Err(FatalError::field(
+                offset::TYPE,
+                "PDU type not expected here",
+            )),
         }
     }
 
     fn payload_complete(&mut self) {
-        let Some(Receiving { slot: index, end, last, success }) = self.receiving.take() else {
+        let Some(Receiving {
+            slot: index,
+            end,
+            last,
+            success,
+        }) = self.receiving.take()
+        else {
             return;
         };
         let slot = &mut self.slots[usize::from(index)];
@@ -327,13 +379,21 @@ impl sealed::Sealed for Host {
         }
     }
 
+    fn unseen(&self, _slot: u16) -> bool {
+        false
+    }
+
     fn transmit(&mut self, limits: &Limits) -> Option<TxPdu> {
         if let Some(index) = self.capsules.pop_front() {
             let slot = &mut self.slots[usize::from(index)];
             slot.sent = true;
             let data_len = if slot.in_capsule { slot.len } else { 0 };
             slot.tx_pending += u32::from(data_len > 0);
-            let payload = TxPayload { slot: index, offset: 0, len: data_len };
+            let payload = TxPayload {
+                slot: index,
+                offset: 0,
+                len: data_len,
+            };
             return Some(pdu::capsule_cmd(slot.sqe, data_len, limits).with_payload(payload));
         }
         let mut next = self.solicited.pop_front()?;
@@ -347,7 +407,11 @@ impl sealed::Sealed for Host {
             last: length == next.left,
             success: false,
         };
-        let payload = TxPayload { slot: next.slot, offset: next.offset, len: length };
+        let payload = TxPayload {
+            slot: next.slot,
+            offset: next.offset,
+            len: length,
+        };
         slot.tx_pending += 1;
         next.offset += length;
         next.left -= length;

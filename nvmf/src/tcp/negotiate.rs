@@ -75,13 +75,19 @@ fn check(bytes: &[u8; IC_LEN], expected_type: u8) -> Result<IcPdu, FatalError> {
     };
     let common = pdu.common;
     if common.pdu_type != expected_type {
-        return Err(FatalError::field(offset::TYPE, "not the IC PDU that starts a connection"));
+        return Err(FatalError::field(
+            offset::TYPE,
+            "not the IC PDU that starts a connection",
+        ));
     }
     if common.flags != 0 {
         return Err(FatalError::field(offset::FLAGS, "flags in an IC PDU"));
     }
     if usize::from(common.hlen) != IC_LEN {
-        return Err(FatalError::field(offset::HLEN, "wrong header length of an IC PDU"));
+        return Err(FatalError::field(
+            offset::HLEN,
+            "wrong header length of an IC PDU",
+        ));
     }
     if common.pdo != 0 {
         return Err(FatalError::field(offset::PDO, "data offset in an IC PDU"));
@@ -120,7 +126,10 @@ pub fn answer(req: &[u8; IC_LEN]) -> Result<(Negotiated, [u8; IC_LEN]), FatalErr
         max_h2c_data: CONTROLLER_MAX_H2C_DATA,
         max_r2t: pdu.limit.get().saturating_add(1),
     };
-    Ok((negotiated, ic_pdu(pdu_type::IC_RESP, CONTROLLER_MAX_H2C_DATA)))
+    Ok((
+        negotiated,
+        ic_pdu(pdu_type::IC_RESP, CONTROLLER_MAX_H2C_DATA),
+    ))
 }
 
 /// The host's side: checks an ICResp.
@@ -138,15 +147,28 @@ pub fn agree(resp: &[u8; IC_LEN]) -> Result<Negotiated, FatalError> {
     }
     let max_h2c_data = pdu.limit.get();
     if max_h2c_data < 4096 || !max_h2c_data.is_multiple_of(4) {
-        return Err(FatalError::field(12, "MAXH2CDATA below 4096 or not a multiple of 4"));
+        return Err(FatalError::field(
+            12,
+            "MAXH2CDATA below 4096 or not a multiple of 4",
+        ));
     }
-    Ok(Negotiated { tx_align: align(pdu.pda), max_h2c_data, max_r2t: HOST_MAX_R2T })
+    Ok(Negotiated {
+        tx_align: align(pdu.pda),
+        max_h2c_data,
+        max_r2t: HOST_MAX_R2T,
+    })
 }
 
 /// A termination request for an offending IC PDU: `host` says who sends it.
 pub fn refuse(error: FatalError, offending: &[u8; IC_LEN], host: bool) -> Vec<u8> {
-    let kind = if host { pdu_type::H2C_TERM_REQ } else { pdu_type::C2H_TERM_REQ };
-    super::pdu::term_req(kind, error, offending).header().to_vec()
+    let kind = if host {
+        pdu_type::H2C_TERM_REQ
+    } else {
+        pdu_type::C2H_TERM_REQ
+    };
+    super::pdu::term_req(kind, error, offending)
+        .header()
+        .to_vec()
 }
 
 /// If these bytes begin a termination request, what it says. For a peer that answers ICReq so.

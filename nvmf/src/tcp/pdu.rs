@@ -114,7 +114,13 @@ pub struct TermReq {
 
 impl std::fmt::Display for TermReq {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} (FES {}, FEI {})", self.fes.text(), self.fes.0, self.fei)
+        write!(
+            f,
+            "{} (FES {}, FEI {})",
+            self.fes.text(),
+            self.fes.0,
+            self.fei
+        )
     }
 }
 
@@ -175,7 +181,12 @@ pub(crate) fn check_common(
         }
         (Receiver::Controller, CAPSULE_CMD) => (0, 72, DataRule::Optional),
         (Receiver::Controller, H2C_DATA) => (flag::LAST_PDU, 24, DataRule::Always),
-        _ => return Err(FatalError::field(offset::TYPE, "PDU type not expected here")),
+        _ => {
+            return Err(FatalError::field(
+                offset::TYPE,
+                "PDU type not expected here",
+            ));
+        }
     };
     let (flags_allowed, hlen, rule) = expected;
     // NVMe/TCP: flags that are not defined for a type are reserved, and digest flags are set if and
@@ -194,13 +205,19 @@ pub(crate) fn check_common(
     let pdo = u32::from(header.pdo);
     let data_starts = match rule {
         DataRule::Never if pdo != 0 => {
-            return Err(FatalError::field(offset::PDO, "data offset in a PDU without data"));
+            return Err(FatalError::field(
+                offset::PDO,
+                "data offset in a PDU without data",
+            ));
         }
         DataRule::Never => hlen,
         DataRule::Optional | DataRule::Always if pdo == 0 => {
             // Allowed only when there is no data.
             if plen > hlen {
-                return Err(FatalError::field(offset::PDO, "no data offset although data follows"));
+                return Err(FatalError::field(
+                    offset::PDO,
+                    "no data offset although data follows",
+                ));
             }
             hlen
         }
@@ -212,11 +229,17 @@ pub(crate) fn check_common(
         }
     };
     if plen < data_starts || (rule == DataRule::Never && plen != hlen) {
-        return Err(FatalError::field(offset::PLEN, "PDU length does not fit its header"));
+        return Err(FatalError::field(
+            offset::PLEN,
+            "PDU length does not fit its header",
+        ));
     }
     let data_len = plen - data_starts;
     if header.pdu_type == CAPSULE_CMD && data_len > limits.in_capsule_limit {
-        return Err(FatalError::field(offset::PLEN, "more in-capsule data than was agreed"));
+        return Err(FatalError::field(
+            offset::PLEN,
+            "more in-capsule data than was agreed",
+        ));
     }
     Ok(Some(Shape {
         hlen: hlen as usize,
@@ -235,7 +258,11 @@ enum DataRule {
 fn check_term_req(header: &CommonHeader) -> Option<Shape> {
     let plen = header.plen.get();
     let good = header.hlen == 24 && (24..=TERM_REQ_MAX).contains(&plen);
-    good.then_some(Shape { hlen: 24, pad: 0, data_len: plen - 24 })
+    good.then_some(Shape {
+        hlen: 24,
+        pad: 0,
+        data_len: plen - 24,
+    })
 }
 
 /// Types a complete header whose common part was checked.
@@ -245,7 +272,10 @@ pub(crate) fn parse(header: &[u8], shape: Shape) -> Result<Pdu, FatalError> {
     match common.pdu_type {
         pdu_type::CAPSULE_CMD => {
             let (capsule, _) = CapsuleCmd::ref_from_prefix(header).map_err(|_| short)?;
-            Ok(Pdu::CapsuleCmd { sqe: capsule.sqe, data_len: shape.data_len })
+            Ok(Pdu::CapsuleCmd {
+                sqe: capsule.sqe,
+                data_len: shape.data_len,
+            })
         }
         pdu_type::CAPSULE_RESP => {
             let (capsule, _) = CapsuleResp::ref_from_prefix(header).map_err(|_| short)?;
@@ -253,8 +283,10 @@ pub(crate) fn parse(header: &[u8], shape: Shape) -> Result<Pdu, FatalError> {
         }
         pdu_type::H2C_TERM_REQ | pdu_type::C2H_TERM_REQ => {
             let (term, _) = TermReqHeader::ref_from_prefix(header).map_err(|_| short)?;
-            let term =
-                TermReq { fes: Fes(term.fes.get()), fei: u32::from_le_bytes(term.fei) };
+            let term = TermReq {
+                fes: Fes(term.fes.get()),
+                fei: u32::from_le_bytes(term.fei),
+            };
             Ok(Pdu::TermReq(term))
         }
         kind => {
@@ -297,9 +329,19 @@ fn common(pdu_type: u8, flags: u8, hlen: usize, pdo: usize, plen: usize) -> Comm
 /// CapsuleCmd, with `data_len` bytes of in-capsule data after it.
 pub(crate) fn capsule_cmd(sqe: Sqe, data_len: u32, limits: &Limits) -> TxPdu {
     let hlen = size_of::<CapsuleCmd>();
-    let pdo = if data_len > 0 { data_offset(hlen, limits.tx_align) } else { 0 };
+    let pdo = if data_len > 0 {
+        data_offset(hlen, limits.tx_align)
+    } else {
+        0
+    };
     let starts = pdo.max(hlen);
-    let common = common(pdu_type::CAPSULE_CMD, 0, hlen, pdo, starts + data_len as usize);
+    let common = common(
+        pdu_type::CAPSULE_CMD,
+        0,
+        hlen,
+        pdo,
+        starts + data_len as usize,
+    );
     TxPdu::new(CapsuleCmd { common, sqe }.as_bytes(), starts)
 }
 
@@ -314,8 +356,8 @@ pub(crate) fn capsule_resp(cqe: Cqe) -> TxPdu {
 pub(crate) fn data(pdu_type: u8, data: Data, limits: &Limits) -> TxPdu {
     let hlen = size_of::<DataHeader>();
     let pdo = data_offset(hlen, limits.tx_align);
-    let flags = if data.last { flag::LAST_PDU } else { 0 }
-        | if data.success { flag::SUCCESS } else { 0 };
+    let flags =
+        if data.last { flag::LAST_PDU } else { 0 } | if data.success { flag::SUCCESS } else { 0 };
     let common = common(pdu_type, flags, hlen, pdo, pdo + data.length as usize);
     TxPdu::new(data_header(common, data).as_bytes(), pdo)
 }

@@ -52,6 +52,8 @@ pub enum Want {
     },
     /// Payload that nobody wants any more: this many bytes to skip.
     Discard(u32),
+    /// Payload inside a command that is still among the events: take that one first.
+    Consumer,
     /// Nothing: the connection is over.
     Nothing,
 }
@@ -82,7 +84,11 @@ impl TxPdu {
     pub(crate) fn new(bytes: &[u8], len: usize) -> Self {
         let mut header = [0; MAX_HEADER_LEN];
         header[..bytes.len()].copy_from_slice(bytes);
-        Self { header, len: len as u8, payload: None }
+        Self {
+            header,
+            len: len as u8,
+            payload: None,
+        }
     }
 
     pub(crate) fn with_payload(mut self, payload: TxPayload) -> Self {
@@ -106,10 +112,18 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    pub(crate) const EMPTY: Self = Self { slot: None, offset: 0, len: 0 };
+    pub(crate) const EMPTY: Self = Self {
+        slot: None,
+        offset: 0,
+        len: 0,
+    };
 
     pub(crate) fn discard(len: u32) -> Self {
-        Self { slot: None, offset: 0, len }
+        Self {
+            slot: None,
+            offset: 0,
+            len,
+        }
     }
 }
 
@@ -128,6 +142,8 @@ pub(crate) mod sealed {
         fn received(&mut self, pdu: Pdu, limits: &Limits) -> Result<Window, FatalError>;
         /// The payload of that PDU is complete.
         fn payload_complete(&mut self);
+        /// The command in this slot was not yet taken from the events.
+        fn unseen(&self, slot: u16) -> bool;
         /// The next PDU to send.
         fn transmit(&mut self, limits: &Limits) -> Option<TxPdu>;
         /// The kernel has all payload of a PDU of this command.
@@ -179,8 +195,17 @@ impl<R: Role> QPair<R> {
         }
         match self.window {
             Window { len: 0, .. } => Want::Header(self.framer.needed()),
-            Window { slot: Some(slot), offset, len } => Want::Payload { slot, offset, len },
-            Window { slot: None, len, .. } => Want::Discard(len),
+            Window {
+                slot: Some(slot), ..
+            } if self.role.unseen(slot) => Want::Consumer,
+            Window {
+                slot: Some(slot),
+                offset,
+                len,
+            } => Want::Payload { slot, offset, len },
+            Window {
+                slot: None, len, ..
+            } => Want::Discard(len),
         }
     }
 

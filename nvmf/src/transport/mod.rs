@@ -236,7 +236,8 @@ pub trait ControllerQueuePair: QueuePair {
     fn event(&mut self) -> Option<ControllerEvent>;
 
     /// Fetches host data `offset..offset + sink.len()` of a command into `sink`;
-    /// [`ControllerEvent::Fetched`] follows. May be called several times with different ranges.
+    /// [`ControllerEvent::Fetched`] follows. May be called several times with different ranges,
+    /// one after the other.
     ///
     /// # Errors
     /// The sink comes back with the status to answer, when the range is not inside the command's
@@ -249,7 +250,7 @@ pub trait ControllerQueuePair: QueuePair {
     ) -> Result<(), (MemSink, Status)>;
 
     /// Sends data of a command to the host: ranges in order from 0, `last` with the final one.
-    /// [`ControllerEvent::Sent`] follows.
+    /// [`ControllerEvent::Sent`] follows; the next range may be sent then.
     ///
     /// # Errors
     /// The source comes back with the status to answer, when the range is out of order, does not
@@ -268,4 +269,9 @@ pub trait ControllerQueuePair: QueuePair {
 
     /// Commands that arrived and were not answered.
     fn outstanding(&self) -> usize;
+
+    /// Sizes the queue as its Connect command asks: called when that was read, before it is
+    /// answered. `queue_size` is in entries. While flow control is off, responses carry SQHD
+    /// 0xFFFF and a success after data may be elided.
+    fn set_sq_flow_control(&mut self, on: bool, queue_size: u32);
 }

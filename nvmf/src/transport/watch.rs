@@ -13,6 +13,9 @@ use tokio::io::unix::AsyncFd;
 
 use super::Ready;
 
+/// Times that readiness is cleared before it is taken to be permanent.
+const ROUNDS: usize = 4;
+
 /// A descriptor registered with the current tokio runtime, edge-triggered, for both directions.
 ///
 /// It holds a duplicate, so the owner may close its own at any time.
@@ -35,16 +38,30 @@ impl Watch {
     /// something was added.
     pub fn poll(&self, cx: &mut Context<'_>, writable: bool, ready: &mut Ready) -> bool {
         let mut news = false;
-        // Cleared at once: `ready` remembers, and whatever happens after this sets it anew.
-        while let Poll::Ready(Ok(mut guard)) = self.0.poll_read_ready(cx) {
+        // Cleared at once: `ready` remembers, and whatever happens after this sets it anew. A
+        // closed direction cannot be cleared, so the number of rounds is bounded; then the task
+        // is woken again, since its waker was not left behind.
+        for round in 0..ROUNDS {
+            let Poll::Ready(Ok(mut guard)) = self.0.poll_read_ready(cx) else {
+                break;
+            };
             guard.clear_ready();
             ready.readable = true;
             news = true;
+            if round + 1 == ROUNDS {
+                cx.waker().wake_by_ref();
+            }
         }
-        while writable && let Poll::Ready(Ok(mut guard)) = self.0.poll_write_ready(cx) {
+        for round in 0..if writable { ROUNDS } else { 0 } {
+            let Poll::Ready(Ok(mut guard)) = self.0.poll_write_ready(cx) else {
+                break;
+            };
             guard.clear_ready();
             ready.writable = true;
             news = true;
+            if round + 1 == ROUNDS {
+                cx.waker().wake_by_ref();
+            }
         }
         news
     }

@@ -1,15 +1,25 @@
 //! NVMe/TCP over a socket: moves bytes between the socket, the machine and memdescs.
 
+mod controller;
+mod dial;
+mod host;
+mod stream;
+mod syscall;
+
 use std::net::TcpStream;
 
 use super::{ControllerQueuePair, HostQueuePair, Opening, QueueParams, Transport};
 use crate::spec::trtype;
+use crate::tcp::negotiate::Negotiated;
+pub use dial::{ConnectError, accept, connect};
 
 /// A TCP connection on which ICReq and ICResp were exchanged.
 #[derive(Debug)]
 pub struct Connection {
     /// The socket, non-blocking.
     pub stream: TcpStream,
+    /// What was agreed.
+    pub negotiated: Negotiated,
 }
 
 /// Software NVMe/TCP.
@@ -30,10 +40,10 @@ impl Transport for Tcp {
     }
 
     fn open_host(&self, params: Box<QueueParams>) -> Opening<dyn HostQueuePair> {
-        Opening::Declined(params)
+        Opening::Opened(Box::new(host::TcpHost::new(*params)))
     }
 
     fn open_controller(&self, params: Box<QueueParams>) -> Opening<dyn ControllerQueuePair> {
-        Opening::Declined(params)
+        Opening::Opened(Box::new(controller::TcpController::new(*params)))
     }
 }

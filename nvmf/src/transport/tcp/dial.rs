@@ -1,0 +1,130 @@
+//! Connecting and accepting: TCP, then ICReq and ICResp, each within a deadline.
+
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+
+use super::Connection;
+use crate::tcp::FatalError;
+use crate::tcp::negotiate::{self, IC_LEN};
+
+/// First byte of a TLS alert record: what a peer that insists on TLS answers with.
+const TLS_ALERT: u8 = 0x15;
+
+/// Why no connection came about.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The operating system's answer.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// No answer in time.
+    #[error("no answer in time")]
+    TimedOut,
+    /// The peer does not speak NVMe/TCP, or not as it should.
+    #[error("the peer broke the NVMe/TCP protocol: {0}")]
+    Protocol(String),
+    /// The peer answered with a termination request.
+    #[error("the peer ended the connection: {0}")]
+    Terminated(String),
+    /// The peer closed the connection before the handshake was complete.
+    #[error("the peer closed the connection during the NVMe/TCP handshake")]
+    Closed,
+    /// The peer answered as TLS does.
+    #[error("the peer demands TLS, which is not supported")]
+    TlsDemanded,
+}
+
+/// Connects to a controller and exchanges ICReq and ICResp.
+///
+/// # Errors
+/// [`ConnectError`]; nothing stays open then.
+pub async fn connect(address: SocketAddr, deadline: Instant) -> Result<Connection, ConnectError> {
+    within(deadline, async {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        stream.write_all(&negotiate::ic_req()).await?;
+        let resp = read_ic(&mut stream).await?;
+        match negotiate::agree(&resp) {
+            Ok(negotiated) => Ok(Connection {
+                stream: stream.into_std()?,
+                negotiated,
+            }),
+            Err(error) => Err(refuse(&mut stream, error, &resp, true).await),
+        }
+    })
+    .await
+}
+
+/// Answers a host that has connected: ICReq and ICResp.
+///
+/// # Errors
+/// [`ConnectError`]; the connection is closed then.
+pub async fn accept(mut stream: TcpStream, deadline: Instant) -> Result<Connection, ConnectError> {
+    within(deadline, async {
+        stream.set_nodelay(true)?;
+        let req = read_ic(&mut stream).await?;
+        match negotiate::answer(&req) {
+            Ok((negotiated, resp)) => {
+                stream.write_all(&resp).await?;
+                Ok(Connection {
+                    stream: stream.into_std()?,
+                    negotiated,
+                })
+            }
+            Err(error) => Err(refuse(&mut stream, error, &req, false).await),
+        }
+    })
+    .await
+}
+
+async fn within<T>(
+    deadline: Instant,
+    attempt: impl Future<Output = Result<T, ConnectError>>,
+) -> Result<T, ConnectError> {
+    timeout_at(deadline, attempt)
+        .await
+        .unwrap_or(Err(ConnectError::TimedOut))
+}
+
+async fn read_ic(stream: &mut TcpStream) -> Result<[u8; IC_LEN], ConnectError> {
+    let mut bytes = [0; IC_LEN];
+    let mut have = 0;
+    while have < IC_LEN {
+        match stream.read(&mut bytes[have..]).await? {
+            0 => return Err(cut_short(&bytes[..have])),
+            n => have += n,
+        }
+        // Not an IC PDU: it may be shorter, and waiting for the rest would be in vain.
+        if have >= 24 && negotiate::termination(&bytes[..have]).is_some() {
+            return Err(cut_short(&bytes[..have]));
+        }
+        if bytes[0] == TLS_ALERT {
+            return Err(ConnectError::TlsDemanded);
+        }
+    }
+    Ok(bytes)
+}
+
+fn cut_short(bytes: &[u8]) -> ConnectError {
+    match negotiate::termination(bytes) {
+        Some(term) => ConnectError::Terminated(term.to_string()),
+        None => ConnectError::Closed,
+    }
+}
+
+async fn refuse(
+    stream: &mut TcpStream,
+    error: FatalError,
+    offending: &[u8; IC_LEN],
+    host: bool,
+) -> ConnectError {
+    // Best effort: the peer may be gone already, and the error is the same either way.
+    let _ = stream
+        .write_all(&negotiate::refuse(error, offending, host))
+        .await;
+    let _ = stream.shutdown().await;
+    ConnectError::Protocol(error.to_string())
+}

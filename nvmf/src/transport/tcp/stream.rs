@@ -1,0 +1,411 @@
+//! The engine under both roles: receives through a staging buffer with a direct tail, and sends
+//! batches of PDUs with one system call each.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use memdesc::{MemSink, MemSource};
+
+use super::super::{Counters, Ending, Interest, Ready};
+use super::syscall::{MAX_VECTORS, Storage};
+use crate::tcp::{QPair, Role, TxPayload, TxPdu, Want};
+
+/// Transfers of at least this many bytes are received straight into their memory, headers read
+/// apart from payload; smaller ones go through the staging buffer.
+const DIRECT_MIN: usize = 16 * 1024;
+/// Staging buffer: what one call receives of headers and small payloads.
+const STAGING_LEN: usize = 64 * 1024;
+/// Header bytes that are asked for behind a direct payload: every PDU that a host receives has
+/// exactly so many, and every PDU that a controller receives at least so many.
+const NEXT_HEADER: usize = 24;
+/// Bytes gathered for one call that sends.
+const SEND_MAX: usize = 2 * 1024 * 1024;
+/// Calls that one turn may make in each direction before others get theirs.
+const CALLS_PER_TURN: usize = 16;
+
+thread_local! {
+    /// Staging belongs to the thread: a pair holds one only while bytes are in it.
+    static STAGING: RefCell<Vec<Box<[u8; STAGING_LEN]>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A command's memory, by slot: what the engine asks its role for.
+pub(super) trait Memory {
+    /// Where received payload goes.
+    fn sink(&mut self, slot: u16) -> Target<'_>;
+    /// Where sent payload comes from, and the command offset of its first byte.
+    fn source(&self, slot: u16) -> Option<(&MemSource, u32)>;
+    /// The kernel has all of a piece.
+    fn sent(&mut self, payload: TxPayload);
+    /// Outstanding transfers of [`DIRECT_MIN`] bytes and more that will be received.
+    fn large_expected(&self) -> usize;
+}
+
+/// See [`Memory::sink`].
+pub(super) enum Target<'a> {
+    /// The memory, and the command offset of its first byte.
+    Sink(&'a mut MemSink, u32),
+    /// Nobody wants it.
+    Discard,
+}
+
+/// True when a transfer of this length is received directly.
+pub(super) fn is_large(len: usize) -> bool {
+    len >= DIRECT_MIN
+}
+
+/// A socket, its machine, and what is between them.
+pub(super) struct Stream<R> {
+    socket: TcpStream,
+    pub(super) machine: QPair<R>,
+    staging: Option<Box<[u8; STAGING_LEN]>>,
+    start: usize,
+    end: usize,
+    batch: VecDeque<TxPdu>,
+    /// Bytes of the first PDU of the batch that are gone.
+    front_sent: usize,
+    storage: Storage,
+    blocked: bool,
+    ending: Option<Ending>,
+    counters: Counters,
+}
+
+enum Pump {
+    /// All staged bytes are used.
+    Drained,
+    /// The consumer must be asked.
+    Paused,
+}
+
+impl<R: Role> Stream<R> {
+    pub(super) fn new(socket: TcpStream, machine: QPair<R>) -> Self {
+        Self {
+            socket,
+            machine,
+            staging: None,
+            start: 0,
+            end: 0,
+            batch: VecDeque::with_capacity(64),
+            front_sent: 0,
+            storage: Storage::default(),
+            blocked: false,
+            ending: None,
+            counters: Counters::default(),
+        }
+    }
+
+    pub(super) fn interest(&self) -> Interest<'_> {
+        Interest {
+            fd: self.fd(),
+            readable: true,
+            writable: self.blocked,
+        }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    pub(super) fn ending(&self) -> Option<&Ending> {
+        self.ending.as_ref()
+    }
+
+    pub(super) fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// Bytes copied by the role itself, to be counted with ours.
+    pub(super) fn count_copied(&mut self, bytes: usize) {
+        self.counters.copied_bytes += bytes as u64;
+    }
+
+    /// Ends the stream: nothing is sent or received any more. The first cause stays.
+    pub(super) fn end(&mut self, cause: Ending) {
+        if self.ending.is_none() {
+            self.ending = Some(cause);
+            self.machine.silence();
+            self.batch.clear();
+            self.release_staging(true);
+            // The peer learns at once; an error means that it knows already.
+            let _ = self.socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Moves bytes both ways, a bounded amount. True when more can be received at once.
+    pub(super) fn progress(&mut self, memory: &mut impl Memory, ready: &mut Ready) -> bool {
+        self.flush(memory, ready);
+        for _ in 0..CALLS_PER_TURN {
+            if self.ending.is_some() {
+                return false;
+            }
+            if let Pump::Paused = self.pump(memory) {
+                return true;
+            }
+            if self.ending.is_some() || !ready.readable {
+                return false;
+            }
+            self.receive(memory, ready);
+        }
+        if let Pump::Paused = self.pump(memory) {
+            return true;
+        }
+        ready.readable
+    }
+
+    /// Uses staged bytes until there are none or the consumer must be asked.
+    fn pump(&mut self, memory: &mut impl Memory) -> Pump {
+        while self.start < self.end && self.ending.is_none() {
+            let Some(staging) = self.staging.as_ref() else {
+                break;
+            };
+            let bytes = &staging[self.start..self.end];
+            match self.machine.want() {
+                Want::Header(_) => match self.machine.feed(bytes) {
+                    Ok(used) => {
+                        self.start += used;
+                        self.check_terminated();
+                    }
+                    Err(error) => return self.fault(memory, error.to_string()),
+                },
+                Want::Payload { slot, offset, len } => {
+                    let take = bytes.len().min(len as usize);
+                    match memory.sink(slot) {
+                        Target::Discard => {}
+                        Target::Sink(sink, base) => {
+                            let at = offset.saturating_sub(base) as usize;
+                            // The machine checked the range against the command's length.
+                            let copied = sink.copy_from(at, &bytes[..take]);
+                            debug_assert!(copied.is_ok());
+                            self.counters.copied_bytes += take as u64;
+                        }
+                    }
+                    self.start += take;
+                    self.machine.payload_moved(take as u32);
+                }
+                Want::Discard(len) => {
+                    let take = bytes.len().min(len as usize);
+                    self.start += take;
+                    self.machine.payload_moved(take as u32);
+                }
+                Want::Consumer => return Pump::Paused,
+                Want::Nothing => self.start = self.end,
+            }
+        }
+        self.release_staging(false);
+        if self.machine.want() == Want::Consumer {
+            Pump::Paused
+        } else {
+            Pump::Drained
+        }
+    }
+
+    /// Continues with what is staged after the consumer took what there was.
+    pub(super) fn resume(&mut self, memory: &mut impl Memory) {
+        self.pump(memory);
+    }
+
+    /// True when staged bytes wait for the consumer.
+    pub(super) fn has_staged(&self) -> bool {
+        self.start < self.end
+    }
+
+    fn release_staging(&mut self, all: bool) {
+        if all || self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            if let Some(staging) = self.staging.take() {
+                STAGING.with_borrow_mut(|pool| {
+                    if pool.len() < 4 {
+                        pool.push(staging);
+                    }
+                });
+            }
+        }
+    }
+
+    /// One call: payload straight to where it belongs, what follows to the staging buffer, which
+    /// is empty.
+    fn receive(&mut self, memory: &mut impl Memory, ready: &mut Ready) {
+        let large = memory.large_expected() > 0;
+        let want = self.machine.want();
+        let mut staging = self.staging.take().unwrap_or_else(|| {
+            let pooled = STAGING.with_borrow_mut(Vec::pop);
+            pooled.unwrap_or_else(|| Box::new([0; STAGING_LEN]))
+        });
+        let mut scatter = self.storage.scatter();
+        let mut direct = 0;
+        let mut tail = true;
+        if let Want::Payload { slot, offset, len } = want {
+            match memory.sink(slot) {
+                Target::Sink(sink, base) => {
+                    let at = offset.saturating_sub(base) as usize;
+                    tail = scatter.sink(sink, at..at + len as usize);
+                    direct = scatter.len();
+                }
+                Target::Discard => {}
+            }
+        }
+        let staged_max = match want {
+            _ if !tail => 0,
+            Want::Header(needed) if large => needed.clamp(NEXT_HEADER, STAGING_LEN),
+            Want::Payload { .. } if large && direct > 0 => NEXT_HEADER,
+            _ => STAGING_LEN,
+        };
+        if staged_max > 0 {
+            scatter.bytes(&mut staging[..staged_max]);
+        }
+        let asked = scatter.len();
+        let result = scatter.receive(self.socket.as_fd());
+        self.staging = Some(staging);
+        self.counters.receives += 1;
+        match result {
+            Ok(0) => self.end_of_stream(),
+            Ok(received) => {
+                // Fewer than asked: the socket is empty, and more will be announced.
+                ready.readable = received == asked;
+                let placed = received.min(direct);
+                if placed > 0 {
+                    self.machine.payload_moved(placed as u32);
+                }
+                (self.start, self.end) = (0, received - placed);
+                self.release_staging(false);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                ready.readable = false;
+                self.release_staging(false);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => self.end(Ending::Lost(error.to_string())),
+        }
+    }
+
+    fn end_of_stream(&mut self) {
+        let cause = if self.machine.at_boundary() {
+            Ending::Closed
+        } else {
+            Ending::Lost("closed in the middle of a PDU".to_owned())
+        };
+        self.end(cause);
+    }
+
+    fn check_terminated(&mut self) {
+        if let Some(term) = self.machine.terminated() {
+            let reason = term.map_or("malformed termination request".to_owned(), |t| {
+                t.to_string()
+            });
+            self.end(Ending::Terminated(reason));
+        }
+    }
+
+    /// The peer broke the protocol: tell it once, then end.
+    fn fault(&mut self, memory: &mut impl Memory, what: String) -> Pump {
+        self.flush(
+            memory,
+            &mut Ready {
+                readable: false,
+                writable: true,
+            },
+        );
+        self.end(Ending::Protocol(what));
+        Pump::Drained
+    }
+
+    /// Sends what the machine has, batch by batch, until there is nothing or the socket is full.
+    pub(super) fn flush(&mut self, memory: &mut impl Memory, ready: &mut Ready) {
+        if self.blocked && !ready.writable {
+            return;
+        }
+        self.blocked = false;
+        for _ in 0..CALLS_PER_TURN {
+            if self.ending.is_some() || !self.fill() {
+                return;
+            }
+            match self.send(memory) {
+                Ok(true) => {}
+                Ok(false) => {
+                    // Not all was taken: the socket says when there is room.
+                    self.blocked = true;
+                    ready.writable = false;
+                    return;
+                }
+                Err(error) => return self.end(Ending::Lost(error.to_string())),
+            }
+        }
+    }
+
+    /// Takes PDUs from the machine up to what one call sends; false when there is nothing to send.
+    fn fill(&mut self) -> bool {
+        let mut bytes: usize = self.batch.iter().map(pdu_len).sum();
+        while bytes < SEND_MAX && self.batch.len() < MAX_VECTORS / 2 {
+            let Some(pdu) = self.machine.transmit() else {
+                break;
+            };
+            bytes += pdu_len(&pdu);
+            self.batch.push_back(pdu);
+        }
+        !self.batch.is_empty()
+    }
+
+    /// One call. True when the kernel took all that was gathered.
+    fn send(&mut self, memory: &mut impl Memory) -> io::Result<bool> {
+        let mut gather = self.storage.gather();
+        let mut skip = self.front_sent;
+        for pdu in &self.batch {
+            if gather.room() < 2 {
+                break;
+            }
+            let header = pdu.header();
+            gather.bytes(&header[skip.min(header.len())..]);
+            skip = skip.saturating_sub(header.len());
+            if let Some(payload) = pdu.payload {
+                let Some((source, base)) = memory.source(payload.slot) else {
+                    break;
+                };
+                let at = payload.offset.saturating_sub(base) as usize;
+                let end = at + payload.len as usize;
+                if !gather.source(source, at + skip..end) {
+                    break;
+                }
+            }
+            skip = 0;
+        }
+        let gathered = gather.len();
+        self.counters.sends += 1;
+        let mut sent = match gather.send(self.socket.as_fd()) {
+            Ok(sent) => sent,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
+            Err(error) => return Err(error),
+        };
+        let all = sent == gathered;
+        while let Some(front) = self.batch.front() {
+            let left = pdu_len(front) - self.front_sent;
+            if sent < left {
+                self.front_sent += sent;
+                break;
+            }
+            sent -= left;
+            self.front_sent = 0;
+            if let Some(payload) = front.payload {
+                self.machine.transmitted(payload);
+                memory.sent(payload);
+            }
+            self.batch.pop_front();
+        }
+        Ok(all)
+    }
+}
+
+fn pdu_len(pdu: &TxPdu) -> usize {
+    pdu.header().len() + pdu.payload.map_or(0, |payload| payload.len as usize)
+}
+
+impl<R> Drop for Stream<R> {
+    fn drop(&mut self) {
+        if let Some(staging) = self.staging.take() {
+            // The thread may be ending, its pool gone: then the buffer is simply freed.
+            let _ = STAGING.try_with(|pool| pool.borrow_mut().push(staging));
+        }
+    }
+}
