@@ -1,0 +1,303 @@
+//! Our host's queue pair against our controller's over a real loopback connection.
+#![expect(clippy::unwrap_used, reason = "a test ends when something is missing")]
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use memdesc::{MemSink, MemSource};
+use nvmf::spec::{Cqe, Sqe, Status, trtype};
+use nvmf::transport::registry::Lease;
+use nvmf::transport::tcp::{Connection, accept, connect};
+use nvmf::transport::{
+    CommandTag, ControllerEvent, ControllerQueuePair, Ending, HostQueuePair, QueuePair,
+    QueueParams, Ready, Registry, Transfer,
+};
+
+const QUEUE_SIZE: u32 = 32;
+const IN_CAPSULE: u32 = 8192;
+const WRITE: u8 = 1;
+const READ: u8 = 2;
+
+fn connections() -> (Connection, Connection) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (host, controller) = tokio::join!(connect(address, deadline), async {
+            accept(listener.accept().await.unwrap().0, deadline).await
+        });
+        (host.unwrap(), controller.unwrap())
+    })
+}
+
+fn params(connection: Connection, sq_flow_control: bool) -> QueueParams {
+    QueueParams {
+        admin: false,
+        queue_size: QUEUE_SIZE,
+        sq_flow_control,
+        in_capsule_limit: IN_CAPSULE,
+        connection,
+        lease: Lease::default(),
+    }
+}
+
+type Pairs = (Box<dyn HostQueuePair>, Box<dyn ControllerQueuePair>);
+
+fn pairs(registry: &Registry, sq_flow_control: bool) -> Pairs {
+    let (host, controller) = connections();
+    let host = registry
+        .open_host(trtype::TCP, params(host, sq_flow_control))
+        .unwrap();
+    let controller = registry
+        .open_controller(trtype::TCP, params(controller, sq_flow_control))
+        .unwrap();
+    (host, controller)
+}
+
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// A controller that keeps what was written under NSID and gives it back.
+#[derive(Default)]
+struct Shelf {
+    kept: HashMap<u32, Vec<u8>>,
+    commands: HashMap<u16, Sqe>,
+    /// Data is fetched only after the next events were asked for, when in-capsule data has
+    /// already gone by.
+    lazy: bool,
+    late: Vec<(CommandTag, usize)>,
+}
+
+impl Shelf {
+    fn turn(&mut self, pair: &mut dyn ControllerQueuePair) {
+        loop {
+            while let Some(event) = pair.event() {
+                self.event(pair, event);
+            }
+            if self.late.is_empty() {
+                return;
+            }
+            for (tag, len) in std::mem::take(&mut self.late) {
+                pair.fetch(tag, 0, MemSink::from_bytes(vec![0; len]))
+                    .unwrap();
+            }
+        }
+    }
+
+    fn event(&mut self, pair: &mut dyn ControllerQueuePair, event: ControllerEvent) {
+        match event {
+            ControllerEvent::Command(command) => {
+                let tag = command.tag;
+                self.commands.insert(tag.0, command.sqe);
+                let len = command.data_len as usize;
+                match command.sqe.opcode {
+                    WRITE if self.lazy => self.late.push((tag, len)),
+                    WRITE => pair
+                        .fetch(tag, 0, MemSink::from_bytes(vec![0; len]))
+                        .unwrap(),
+                    READ => {
+                        let data = self.kept[&command.sqe.nsid.get()].clone();
+                        assert_eq!(data.len(), len);
+                        pair.send(tag, 0, MemSource::from_bytes(data), true)
+                            .unwrap();
+                        pair.respond(tag, Cqe::default());
+                    }
+                    _ => pair.respond(tag, Cqe::new(0, Status::INVALID_OPCODE)),
+                }
+            }
+            ControllerEvent::Fetched { tag, sink, result } => {
+                result.unwrap();
+                let nsid = self.commands[&tag.0].nsid.get();
+                self.kept.insert(nsid, sink.into_parts().1.unwrap());
+                pair.respond(tag, Cqe::default());
+            }
+            ControllerEvent::Sent { .. } => {}
+        }
+    }
+}
+
+fn step(pair: &mut (impl QueuePair + ?Sized)) {
+    let mut ready = Ready {
+        readable: true,
+        writable: true,
+    };
+    pair.progress(&mut ready);
+    pair.flush(&mut Ready {
+        readable: true,
+        writable: true,
+    });
+}
+
+/// Runs commands of many sizes at full depth, written and then read back. Returns the payload
+/// bytes that each side copied.
+fn round_trip(sq_flow_control: bool, lazy: bool, sizes: &[usize], rounds: usize) -> (u64, u64) {
+    let registry = Registry::with_defaults();
+    let (mut host, mut controller) = pairs(&registry, sq_flow_control);
+    assert_eq!(registry.queue_pairs("tcp"), 2);
+    let mut shelf = Shelf {
+        lazy,
+        ..Shelf::default()
+    };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    for writing in [true, false] {
+        let (mut next, mut done) = (0usize, 0usize);
+        let total = sizes.len() * rounds;
+        while done < total {
+            assert!(Instant::now() < deadline, "stuck after {done} of {total}");
+            while next < total && host.room() > 0 {
+                let len = sizes[next % sizes.len()];
+                let sqe = Sqe::new(if writing { WRITE } else { READ }, next as u32 + 1);
+                let transfer = if writing {
+                    Transfer::Out(MemSource::from_bytes(pattern(next as u64, len)))
+                } else {
+                    Transfer::In(MemSink::from_bytes(vec![0; len]))
+                };
+                host.submit(sqe, transfer, next as u64).unwrap();
+                next += 1;
+            }
+            step(&mut *host);
+            step(&mut *controller);
+            shelf.turn(&mut *controller);
+            step(&mut *controller);
+            while let Some(completion) = host.completion() {
+                let index = completion.token as usize;
+                assert!(
+                    completion.cqe.status().is_success(),
+                    "{}",
+                    completion.cqe.status()
+                );
+                assert_eq!(completion.transferred as usize, sizes[index % sizes.len()]);
+                if let Transfer::In(sink) = completion.transfer {
+                    let bytes = sink.into_parts().1.unwrap();
+                    assert!(
+                        bytes == pattern(index as u64, bytes.len()),
+                        "command {index}"
+                    );
+                }
+                done += 1;
+            }
+            assert_eq!(host.ending(), None);
+            assert_eq!(controller.ending(), None);
+        }
+        assert_eq!(host.outstanding(), 0);
+    }
+    (
+        host.counters().copied_bytes,
+        controller.counters().copied_bytes,
+    )
+}
+
+#[test]
+fn data_of_every_size_survives_both_ways() {
+    let sizes = [
+        512, 1, 4096, 8191, 8192, 8193, 16383, 16384, 20000, 131072, 131073, 262144, 524288, 65536,
+        3, 12288,
+    ];
+    for sq_flow_control in [false, true] {
+        for lazy in [false, true] {
+            round_trip(sq_flow_control, lazy, &sizes, 12);
+        }
+    }
+}
+
+#[test]
+fn transfers_of_128_kib_copy_nothing_on_either_side() {
+    assert_eq!(round_trip(false, false, &[131072], 64), (0, 0));
+}
+
+#[test]
+fn a_failed_command_gives_its_memory_back_and_the_queue_goes_on() {
+    let registry = Registry::with_defaults();
+    let (mut host, mut controller) = pairs(&registry, false);
+    let mut shelf = Shelf::default();
+    let data = MemSource::from_bytes(vec![7; 100_000]);
+    host.submit(Sqe::new(9, 1), Transfer::Out(data), 1).unwrap();
+    let completion = loop {
+        step(&mut *host);
+        step(&mut *controller);
+        shelf.turn(&mut *controller);
+        if let Some(completion) = host.completion() {
+            break completion;
+        }
+    };
+    assert_eq!(completion.cqe.status(), Status::INVALID_OPCODE);
+    assert!(matches!(completion.transfer, Transfer::Out(source) if source.len() == 100_000));
+    assert_eq!(host.room(), QUEUE_SIZE as usize - 1);
+}
+
+#[test]
+fn losing_the_peer_completes_everything_once_as_aborted() {
+    let registry = Registry::with_defaults();
+    let (mut host, controller) = pairs(&registry, false);
+    for token in 0..5 {
+        let sink = MemSink::from_bytes(vec![0; 4096]);
+        host.submit(Sqe::new(READ, 1), Transfer::In(sink), token)
+            .unwrap();
+    }
+    step(&mut *host);
+    drop(controller);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while host.ending().is_none() && Instant::now() < deadline {
+        step(&mut *host);
+    }
+    assert!(matches!(
+        host.ending(),
+        Some(Ending::Closed | Ending::Lost(_))
+    ));
+    let mut tokens = Vec::new();
+    while let Some(completion) = host.completion() {
+        assert_eq!(completion.cqe.status(), Status::ABORTED_BY_HOST);
+        tokens.push(completion.token);
+    }
+    tokens.sort_unstable();
+    assert_eq!(tokens, [0, 1, 2, 3, 4]);
+    assert!(host.submit(Sqe::new(READ, 1), Transfer::None, 9).is_err());
+    drop(host);
+    assert_eq!(registry.queue_pairs("tcp"), 0);
+}
+
+#[test]
+fn a_peer_that_speaks_nonsense_is_told_once_and_left() {
+    let registry = Registry::with_defaults();
+    let (host, controller) = connections();
+    let mut peer = host.stream;
+    peer.set_nonblocking(false).unwrap();
+    peer.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut pair = registry
+        .open_controller(trtype::TCP, params(controller, false))
+        .unwrap();
+    let mut header = [0u8; 24];
+    header[0] = 0x05; // A response, which no controller receives.
+    header[2] = 24;
+    header[4] = 24;
+    peer.write_all(&header[..8]).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while pair.ending().is_none() && Instant::now() < deadline {
+        step(&mut *pair);
+    }
+    assert!(
+        matches!(pair.ending(), Some(Ending::Protocol(_))),
+        "{:?}",
+        pair.ending()
+    );
+    let mut answer = Vec::new();
+    peer.read_to_end(&mut answer).unwrap();
+    // C2HTermReq, FES 1, FEI 0, and the eight bytes that offended.
+    assert_eq!(answer[0], 0x03);
+    assert_eq!(u16::from_le_bytes([answer[8], answer[9]]), 1);
+    assert_eq!(answer[10..14], [0; 4]);
+    assert_eq!(answer[24..], header[..8]);
+}
