@@ -1,0 +1,4 @@
+//! The block device's own part of virtio: its configuration space and its requests.
+
+pub(crate) mod config;
+pub(crate) mod request;

@@ -1,0 +1,192 @@
+//! The front-end's socket beside the message library: what must be seen before a message is
+//! handled, and answers that the library leaves out.
+//!
+//! The library ends its work on a message with an error and no answer when the header is not to
+//! its liking, when a body does not fit its request, or when a feature is missing. In the first
+//! case it also leaves the body unread and so loses its place in the stream. Here each message is
+//! peeked at, whole, so that such a one can be skipped and refused in good order.
+
+use std::io::{self, IoSliceMut, Write};
+use std::os::unix::net::UnixStream;
+
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recv, recvmsg};
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+
+/// Bytes of a message header.
+const HEADER: usize = 12;
+
+/// Largest body of an unusable message that is skipped; past this the peer is not speaking
+/// vhost-user.
+const MAX_SKIPPED: usize = 64 * 1024;
+
+/// Bytes of the fixed part of a configuration message: offset, size, flags.
+const CONFIG_PAYLOAD: usize = 12;
+
+const VERSION: u32 = 1;
+const VERSION_MASK: u32 = 3;
+const REPLY: u32 = 1 << 2;
+const NEED_REPLY: u32 = 1 << 3;
+
+/// A message that waits in the socket.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) request: u32,
+    flags: u32,
+    size: usize,
+    /// File descriptors came with it.
+    with_files: bool,
+    /// All of it has arrived.
+    pub(crate) whole: bool,
+    /// Start of the body, zero where there is none.
+    config: [u8; CONFIG_PAYLOAD],
+}
+
+/// A second handle on the front-end's socket.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    stream: UnixStream,
+    peeked: Vec<u8>,
+}
+
+impl Message {
+    /// Why the library would lose its place over this message, if it would.
+    pub(crate) fn unusable(&self) -> Option<&'static str> {
+        let Ok(request) = FrontendReq::try_from(self.request) else {
+            return Some("unknown request");
+        };
+        if self.flags & VERSION_MASK != VERSION {
+            return Some("unknown protocol version");
+        }
+        if self.flags & !(VERSION_MASK | NEED_REPLY) != 0 {
+            return Some("unknown header flags");
+        }
+        if self.size > MAX_MSG_SIZE {
+            return Some("body too large");
+        }
+        (self.with_files && !takes_files(request)).then_some("file descriptors not expected")
+    }
+
+    /// Name of the request, for the log.
+    pub(crate) fn name(&self) -> String {
+        match FrontendReq::try_from(self.request) {
+            Ok(request) => format!("{request:?}"),
+            Err(()) => format!("request {}", self.request),
+        }
+    }
+}
+
+/// True for requests that carry file descriptors, or did in some front-end.
+fn takes_files(request: FrontendReq) -> bool {
+    matches!(
+        request,
+        FrontendReq::SET_MEM_TABLE
+            | FrontendReq::SET_VRING_CALL
+            | FrontendReq::SET_VRING_KICK
+            | FrontendReq::SET_VRING_ERR
+            | FrontendReq::SET_LOG_BASE
+            | FrontendReq::SET_LOG_FD
+            | FrontendReq::SET_BACKEND_REQ_FD
+            | FrontendReq::SET_INFLIGHT_FD
+            | FrontendReq::ADD_MEM_REG
+            | FrontendReq::REM_MEM_REG
+            | FrontendReq::SET_DEVICE_STATE_FD
+            | FrontendReq::GPU_SET_SOCKET
+    )
+}
+
+impl Channel {
+    pub(crate) fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            peeked: vec![0; HEADER + MAX_MSG_SIZE],
+        }
+    }
+
+    /// Waits for the next message and looks at it without taking it. `None` when the front-end has
+    /// closed the connection between two messages.
+    pub(crate) fn peek(&mut self) -> io::Result<Option<Message>> {
+        let (seen, with_files) = self.peek_at(HEADER)?;
+        if seen == 0 {
+            return Ok(None);
+        }
+        let word = |at: usize| {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|byte| self.peeked[at + byte]);
+            u32::from_le_bytes([a, b, c, d])
+        };
+        let (request, flags, size) = (word(0), word(4), word(8));
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        if seen < HEADER {
+            return Err(io::Error::other("message header cut short"));
+        }
+        let total = HEADER + size.min(MAX_MSG_SIZE);
+        let (seen, _) = self.peek_at(total)?;
+        let mut config = [0; CONFIG_PAYLOAD];
+        let present = seen.saturating_sub(HEADER).min(CONFIG_PAYLOAD);
+        config[..present].copy_from_slice(&self.peeked[HEADER..HEADER + present]);
+        Ok(Some(Message {
+            request,
+            flags,
+            size,
+            with_files,
+            whole: seen == HEADER.saturating_add(size),
+            config,
+        }))
+    }
+
+    /// Waits for `len` bytes and looks at them. Returns how many there are, which is fewer at the
+    /// end of the stream or behind attached files, and whether there are such files: without room
+    /// for them the kernel says that it left them out, and keeps them for whoever takes the bytes.
+    fn peek_at(&mut self, len: usize) -> io::Result<(usize, bool)> {
+        let mut no_files = RecvAncillaryBuffer::default();
+        let flags = RecvFlags::PEEK | RecvFlags::WAITALL | RecvFlags::CMSG_CLOEXEC;
+        let buffer = &mut [IoSliceMut::new(&mut self.peeked[..len])];
+        let message = rustix::io::retry_on_intr(|| {
+            recvmsg(&self.stream, &mut *buffer, &mut no_files, flags)
+        })?;
+        Ok((message.bytes, message.flags.contains(ReturnFlags::CTRUNC)))
+    }
+
+    /// Takes an unusable message out of the socket; files that came with it are closed.
+    pub(crate) fn skip(&mut self, message: &Message) -> io::Result<()> {
+        if message.size > MAX_SKIPPED {
+            return Err(io::Error::other("not a vhost-user message"));
+        }
+        let mut left = HEADER + message.size;
+        while left > 0 {
+            let most = left.min(self.peeked.len());
+            let room = &mut self.peeked[..most];
+            let (taken, _) =
+                rustix::io::retry_on_intr(|| recv(&self.stream, &mut *room, RecvFlags::WAITALL))?;
+            if taken == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            left = left.saturating_sub(taken);
+        }
+        Ok(())
+    }
+
+    /// Tells the front-end that its message was refused, where the protocol has a way to: a
+    /// configuration without payload for GET_CONFIG, a non-zero acknowledgement for what asks for
+    /// one once acknowledgements are negotiated.
+    pub(crate) fn refuse(&mut self, message: &Message, acknowledge: bool) -> io::Result<()> {
+        if message.request == FrontendReq::GET_CONFIG as u32 {
+            let mut payload = message.config;
+            payload[4..8].fill(0);
+            self.reply(message.request, &payload)
+        } else if acknowledge && message.flags & NEED_REPLY != 0 {
+            self.reply(message.request, &1_u64.to_le_bytes())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn reply(&mut self, request: u32, payload: &[u8]) -> io::Result<()> {
+        let size = u32::try_from(payload.len()).unwrap_or(0);
+        let mut message = Vec::with_capacity(HEADER + payload.len());
+        for word in [request, VERSION | REPLY, size] {
+            message.extend(word.to_le_bytes());
+        }
+        message.extend(payload);
+        self.stream.write_all(&message)
+    }
+}

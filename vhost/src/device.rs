@@ -1,0 +1,160 @@
+//! What the device is and offers: features, limits and configuration space.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+};
+
+use crate::blk::config::Config;
+use crate::blk::request::MAX_RANGES;
+
+/// Most queues that a device can offer.
+pub const MAX_QUEUES: u16 = 256;
+
+/// Memory regions that a front-end may add; it may never shrink, or front-ends refuse to come back.
+pub(crate) const MAX_MEMORY_SLOTS: u64 = 509;
+
+/// What the device tells the guest.
+#[derive(Debug, Clone)]
+pub struct DeviceOptions {
+    /// Capacity in sectors of 512 bytes.
+    pub capacity_sectors: u64,
+    /// Logical block size in bytes.
+    pub block_size: u32,
+    /// log2 of the number of logical blocks in a physical one.
+    pub physical_block_exp: u8,
+    /// Suggested minimum size of a request, in logical blocks.
+    pub min_io_blocks: u16,
+    /// Optimal size of a request in logical blocks, 0 when there is none.
+    pub opt_io_blocks: u32,
+    /// Writes, discards and write-zeroes are answered with an I/O error.
+    pub read_only: bool,
+    /// Queues on offer, 1 to [`MAX_QUEUES`]; values outside are brought inside.
+    pub num_queues: u16,
+    /// Most data segments in one request.
+    pub seg_max: u32,
+    /// Most sectors in one discard segment.
+    pub max_discard_sectors: u32,
+    /// Most segments in one discard, 1 to 16; values outside are brought inside.
+    pub max_discard_seg: u32,
+    /// Alignment that discards should have, in sectors.
+    pub discard_sector_alignment: u32,
+    /// Most sectors in one write-zeroes segment.
+    pub max_write_zeroes_sectors: u32,
+    /// Most segments in one write-zeroes, 1 to 16; values outside are brought inside.
+    pub max_write_zeroes_seg: u32,
+    /// A write-zeroes with the unmap flag may deallocate.
+    pub write_zeroes_may_unmap: bool,
+    /// Answer to VIRTIO_BLK_T_GET_ID, padded with zero bytes.
+    pub serial: [u8; 20],
+}
+
+/// A device, shared by the sessions that serve it and by its queues.
+#[derive(Debug)]
+pub struct Device {
+    options: DeviceOptions,
+    capacity: AtomicU64,
+}
+
+impl Device {
+    /// Makes a device; limits outside their range are brought inside.
+    pub fn new(mut options: DeviceOptions) -> Arc<Self> {
+        let segments = 1..=u32::try_from(MAX_RANGES).unwrap_or(u32::MAX);
+        options.num_queues = options.num_queues.clamp(1, MAX_QUEUES);
+        options.max_discard_seg = options
+            .max_discard_seg
+            .clamp(*segments.start(), *segments.end());
+        options.max_write_zeroes_seg = options
+            .max_write_zeroes_seg
+            .clamp(*segments.start(), *segments.end());
+        Arc::new(Self {
+            capacity: AtomicU64::new(options.capacity_sectors),
+            options,
+        })
+    }
+
+    /// Changes the capacity, in sectors of 512 bytes, that the next read of the configuration shows.
+    pub fn set_capacity(&self, sectors: u64) {
+        self.capacity.store(sectors, Ordering::Relaxed);
+    }
+
+    /// Capacity in sectors of 512 bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Relaxed)
+    }
+
+    /// What the device was made with, its limits brought inside their ranges.
+    pub fn options(&self) -> &DeviceOptions {
+        &self.options
+    }
+
+    /// Virtio feature bits on offer: always the same for the same options, since a front-end that
+    /// comes back to fewer features drops the device.
+    pub(crate) fn features(&self) -> u64 {
+        let mut features = bit(VIRTIO_F_VERSION_1)
+            | bit(VIRTIO_RING_F_EVENT_IDX)
+            | bit(VIRTIO_RING_F_INDIRECT_DESC)
+            | bit(VIRTIO_BLK_F_MQ)
+            | bit(VIRTIO_BLK_F_SEG_MAX)
+            | bit(VIRTIO_BLK_F_BLK_SIZE)
+            | bit(VIRTIO_BLK_F_TOPOLOGY)
+            | bit(VIRTIO_BLK_F_FLUSH)
+            | bit(VIRTIO_BLK_F_CONFIG_WCE)
+            | bit(VIRTIO_BLK_F_DISCARD)
+            | bit(VIRTIO_BLK_F_WRITE_ZEROES)
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        if self.options.read_only {
+            features |= bit(VIRTIO_BLK_F_RO);
+        }
+        features
+    }
+
+    /// Configuration space for a device whose `writeback` byte is as given.
+    pub(crate) fn config(&self, writeback: u8) -> Config {
+        let options = &self.options;
+        Config {
+            capacity: self.capacity(),
+            seg_max: options.seg_max,
+            blk_size: options.block_size,
+            physical_block_exp: options.physical_block_exp,
+            min_io_size: options.min_io_blocks,
+            opt_io_size: options.opt_io_blocks,
+            writeback,
+            num_queues: options.num_queues,
+            max_discard_sectors: options.max_discard_sectors,
+            max_discard_seg: options.max_discard_seg,
+            discard_sector_alignment: options.discard_sector_alignment,
+            max_write_zeroes_sectors: options.max_write_zeroes_sectors,
+            max_write_zeroes_seg: options.max_write_zeroes_seg,
+            write_zeroes_may_unmap: options.write_zeroes_may_unmap,
+        }
+    }
+}
+
+/// Protocol features on offer: exactly those that are implemented.
+pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::RESET_DEVICE
+}
+
+/// The mask of a feature that the specification gives as a bit number.
+pub(crate) const fn bit(number: u32) -> u64 {
+    1 << number
+}
+
+/// True when `features` has the bit `number`.
+pub(crate) const fn has(features: u64, number: u32) -> bool {
+    features & bit(number) != 0
+}

@@ -1,0 +1,522 @@
+//! What a front-end has set up, and the handler of each of its requests.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{
+    FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures,
+    VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
+};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+
+use crate::blk::config;
+use crate::device::{Device, MAX_MEMORY_SLOTS, has, protocol_features};
+use crate::memory::{GuestMap, RegionSpec};
+use crate::queue::{Queue, QueueSetup, QueueUpdate};
+use crate::session::Rings;
+use crate::vring::{Kick, MAX_RING_SIZE, RingAddresses, Signal, Vring};
+
+/// The state of a session, changed by one request after another.
+pub(crate) struct FrontEnd {
+    device: Arc<Device>,
+    rings: Arc<dyn Rings>,
+    /// Features that the front-end accepted; `None` until it has.
+    features: Option<u64>,
+    /// Protocol features as the message library understands them, accepted or not.
+    protocol_features: u64,
+    /// The front-end has asked for the features, and so knows of protocol features.
+    offered: bool,
+    memory: Arc<GuestMap>,
+    vrings: Vec<Vring>,
+    /// What the driver last wrote to the configuration, 1 until it does.
+    writeback: u8,
+    /// The handler of the message at hand was reached, so the library answers for it.
+    answered: bool,
+}
+
+/// A reason to refuse a message, in the only error of the library's that carries one.
+fn refuse(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VhostError {
+    VhostError::ReqHandlerError(io::Error::other(reason))
+}
+
+impl FrontEnd {
+    pub(crate) fn new(device: Arc<Device>, rings: Arc<dyn Rings>) -> Self {
+        let count = usize::from(device.options().num_queues);
+        Self {
+            device,
+            rings,
+            features: None,
+            protocol_features: 0,
+            offered: false,
+            memory: Arc::default(),
+            vrings: std::iter::repeat_with(Vring::default).take(count).collect(),
+            writeback: 1,
+            answered: false,
+        }
+    }
+
+    /// Prepares for the next message.
+    pub(crate) fn begin(&mut self) {
+        self.answered = false;
+    }
+
+    /// True when the library has already answered the message that it just refused. It does so for
+    /// whatever its handler refused, and for two requests that it checks itself.
+    pub(crate) fn has_answered(&self, request: u32) -> bool {
+        let checked = [FrontendReq::SET_MEM_TABLE, FrontendReq::SET_CONFIG];
+        let negotiated = |request| match request {
+            FrontendReq::SET_CONFIG => {
+                self.protocol_features & VhostUserProtocolFeatures::CONFIG.bits() != 0
+            }
+            _ => true,
+        };
+        let checked = FrontendReq::try_from(request)
+            .is_ok_and(|request| checked.contains(&request) && negotiated(request));
+        self.answered || checked
+    }
+
+    /// True when the front-end expects acknowledgements of the messages that ask for one.
+    pub(crate) fn acknowledges(&self) -> bool {
+        self.offered && self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    fn has_feature(&self, number: u32) -> bool {
+        self.features.is_some_and(|features| has(features, number))
+    }
+
+    /// The cache mode as the driver sees it: 0 when it cannot flush and did not know, or said, that
+    /// the cache is a write-through one.
+    fn shown_writeback(&self) -> u8 {
+        let no_flush =
+            self.has_feature(VIRTIO_BLK_F_CONFIG_WCE) && !self.has_feature(VIRTIO_BLK_F_FLUSH);
+        if no_flush { 0 } else { self.writeback }
+    }
+
+    /// True when a write that was answered must survive a loss of power.
+    fn write_through(&self) -> bool {
+        let chosen = self.has_feature(VIRTIO_BLK_F_CONFIG_WCE) && self.writeback == 0;
+        !self.has_feature(VIRTIO_BLK_F_FLUSH) || chosen
+    }
+
+    fn vring(&mut self, index: u32) -> VhostResult<(usize, &mut Vring)> {
+        let count = self.vrings.len();
+        let at = usize::try_from(index).unwrap_or(usize::MAX);
+        let vring = self.vrings.get_mut(at);
+        let vring = vring.ok_or_else(|| refuse(format!("ring {index} of {count}")))?;
+        Ok((at, vring))
+    }
+
+    /// As [`Self::vring`], for requests that only make sense while the ring does not run.
+    fn idle_vring(&mut self, index: u32) -> VhostResult<&mut Vring> {
+        let (_, vring) = self.vring(index)?;
+        if vring.running {
+            return Err(refuse(format!("ring {index} is running")));
+        }
+        Ok(vring)
+    }
+
+    /// Starts ring `at` if it has all that it needs and is not running.
+    fn start_if_ready(&mut self, at: usize) -> VhostResult<()> {
+        let write_through = self.write_through();
+        let (Some(features), Some(vring)) = (self.features, self.vrings.get_mut(at)) else {
+            return Ok(());
+        };
+        let Some(addresses) = vring
+            .addresses
+            .filter(|_| vring.may_run() && !vring.running)
+        else {
+            return Ok(());
+        };
+        let setup = QueueSetup {
+            index: at,
+            device: Arc::clone(&self.device),
+            map: Arc::clone(&self.memory),
+            features,
+            size: vring.size,
+            addresses,
+            base: vring.base,
+            kick: vring.kick.descriptor(),
+            call: vring.call.clone(),
+            err: vring.err.clone(),
+            write_through,
+        };
+        let queue = Queue::new(setup).map_err(|reason| refuse(format!("ring {at}: {reason}")))?;
+        vring.running = true;
+        self.rings.start(at, queue);
+        Ok(())
+    }
+
+    /// Starts whatever became ready by a change that is not a ring's own.
+    fn start_all_ready(&mut self) {
+        for at in 0..self.vrings.len() {
+            if let Err(error) = self.start_if_ready(at) {
+                tracing::warn!(%error, "cannot start a ring yet");
+            }
+        }
+    }
+
+    /// Stops ring `at` and remembers where it stopped.
+    fn stop(&mut self, at: usize) {
+        let Some(vring) = self.vrings.get_mut(at) else {
+            return;
+        };
+        if std::mem::replace(&mut vring.running, false) {
+            match self.rings.stop(at) {
+                Some(queue) => vring.base = queue.next_avail(),
+                None => tracing::error!(ring = at, "a running ring did not come back"),
+            }
+        }
+    }
+
+    fn stop_all(&mut self) {
+        for at in 0..self.vrings.len() {
+            self.stop(at);
+        }
+    }
+
+    fn update(&self, at: usize, update: QueueUpdate) {
+        if self.vrings.get(at).is_some_and(|vring| vring.running) {
+            self.rings.update(at, update);
+        }
+    }
+
+    fn update_all(&self, update: &QueueUpdate) {
+        for at in 0..self.vrings.len() {
+            self.update(at, update.clone());
+        }
+    }
+
+    fn set_memory(&mut self, map: GuestMap) {
+        self.memory = Arc::new(map);
+        self.update_all(&QueueUpdate::Memory(Arc::clone(&self.memory)));
+        self.start_all_ready();
+    }
+
+    /// Forgets all rings and what the driver set. Memory and what the two ends negotiated about
+    /// their messages stay.
+    fn reset(&mut self) {
+        self.stop_all();
+        self.vrings.fill_with(Vring::default);
+        self.features = None;
+        self.writeback = 1;
+    }
+}
+
+impl Drop for FrontEnd {
+    fn drop(&mut self) {
+        self.stop_all();
+    }
+}
+
+fn region_spec(region: &VhostUserMemoryRegion) -> RegionSpec {
+    RegionSpec {
+        guest_addr: region.guest_phys_addr,
+        user_addr: region.user_addr,
+        size: region.memory_size,
+        file_offset: region.mmap_offset,
+    }
+}
+
+/// A request that is not on offer.
+fn not_offered<T>() -> VhostResult<T> {
+    Err(VhostError::InvalidOperation("not offered"))
+}
+
+impl VhostUserBackendReqHandlerMut for FrontEnd {
+    fn set_owner(&mut self) -> VhostResult<()> {
+        self.answered = true;
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> VhostResult<()> {
+        self.answered = true;
+        self.reset();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> VhostResult<()> {
+        self.answered = true;
+        self.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> VhostResult<u64> {
+        self.offered = true;
+        Ok(self.device.features())
+    }
+
+    fn set_features(&mut self, features: u64) -> VhostResult<()> {
+        self.answered = true;
+        let unknown = features & !self.device.features();
+        if unknown != 0 {
+            return Err(refuse(format!("features {unknown:#x} are not on offer")));
+        }
+        if !has(features, VIRTIO_F_VERSION_1) {
+            return Err(refuse(
+                "the driver did not accept VIRTIO_F_VERSION_1: legacy drivers are not supported",
+            ));
+        }
+        if self.features != Some(features) {
+            self.stop_all();
+            self.features = Some(features);
+        }
+        // Without protocol features there is no message to enable a ring with.
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
+            for vring in &mut self.vrings {
+                vring.enabled = true;
+            }
+        }
+        self.start_all_ready();
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> VhostResult<Option<Vec<u64>>> {
+        self.answered = true;
+        let regions = regions.iter().map(region_spec).zip(files).collect();
+        self.set_memory(GuestMap::new(regions).map_err(refuse)?);
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
+        self.answered = true;
+        let vring = self.idle_vring(index)?;
+        if num > MAX_RING_SIZE || !num.is_power_of_two() {
+            return Err(refuse(format!("a ring cannot have {num} entries")));
+        }
+        vring.size = u16::try_from(num).map_err(refuse)?;
+        Ok(())
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> VhostResult<()> {
+        self.answered = true;
+        let memory = Arc::clone(&self.memory);
+        let guest_addr = |user_addr| {
+            let outside = || refuse(format!("no memory at user address {user_addr:#x}"));
+            memory.guest_addr(user_addr).ok_or_else(outside)
+        };
+        let addresses = RingAddresses {
+            descriptors: guest_addr(descriptor)?,
+            available: guest_addr(available)?,
+            used: guest_addr(used)?,
+        };
+        let (at, vring) = self.vring(index)?;
+        if vring.addresses == Some(addresses) {
+            return Ok(());
+        }
+        self.stop(at);
+        self.vrings[at].addresses = Some(addresses);
+        self.start_if_ready(at)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> VhostResult<()> {
+        self.answered = true;
+        let vring = self.idle_vring(index)?;
+        vring.base = u16::try_from(base).map_err(refuse)?;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
+        // The library has no way to refuse this one; a ring that does not exist stands at 0.
+        let Ok((at, _)) = self.vring(index) else {
+            tracing::warn!(
+                ring = index,
+                "asked for the base of a ring that does not exist"
+            );
+            return Ok(VhostUserVringState::new(index, 0));
+        };
+        self.stop(at);
+        self.vrings[at].kick = Kick::Stopped;
+        Ok(VhostUserVringState::new(
+            index,
+            u32::from(self.vrings[at].base),
+        ))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
+        self.answered = true;
+        let (at, vring) = self.vring(u32::from(index))?;
+        vring.kick = match file {
+            Some(file) => Kick::Descriptor(Arc::new(file)),
+            None => {
+                tracing::warn!(
+                    ring = at,
+                    "no kicks: the ring is scanned only when it changes"
+                );
+                Kick::Silent
+            }
+        };
+        if vring.running {
+            let kick = vring.kick.descriptor();
+            self.update(at, QueueUpdate::Kick(kick));
+        }
+        self.start_if_ready(at)
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
+        self.answered = true;
+        let (at, vring) = self.vring(u32::from(index))?;
+        vring.call = file.map(Signal::new);
+        let call = vring.call.clone();
+        self.update(at, QueueUpdate::Call(call));
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
+        self.answered = true;
+        let (at, vring) = self.vring(u32::from(index))?;
+        vring.err = file.map(Signal::new);
+        let err = vring.err.clone();
+        self.update(at, QueueUpdate::Err(err));
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
+        Ok(protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
+        self.answered = true;
+        // The library takes them as accepted whatever is said here, so its answers follow them.
+        self.protocol_features = features;
+        let unknown = features & !protocol_features().bits();
+        if unknown != 0 {
+            return Err(refuse(format!(
+                "protocol features {unknown:#x} are not on offer"
+            )));
+        }
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> VhostResult<u64> {
+        Ok(u64::from(self.device.options().num_queues))
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
+        self.answered = true;
+        let (at, vring) = self.vring(index)?;
+        vring.enabled = enable;
+        if !enable {
+            self.stop(at);
+        } else if vring.running {
+            self.update(at, QueueUpdate::Scan);
+        } else {
+            self.start_if_ready(at)?;
+        }
+        Ok(())
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> VhostResult<Vec<u8>> {
+        self.answered = true;
+        let space = self.device.config(self.shown_writeback()).to_bytes();
+        let range = config::range(offset, usize::try_from(size).unwrap_or(usize::MAX));
+        let range = range.ok_or_else(|| refuse(format!("no configuration at {offset}+{size}")))?;
+        Ok(space[range].to_vec())
+    }
+
+    fn set_config(
+        &mut self,
+        offset: u32,
+        bytes: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> VhostResult<()> {
+        self.answered = true;
+        let written = config::written_writeback(offset, bytes);
+        self.writeback =
+            written.ok_or_else(|| refuse("only the cache mode can be written, to 0 or 1"))?;
+        self.update_all(&QueueUpdate::WriteThrough(self.write_through()));
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> VhostResult<u64> {
+        Ok(MAX_MEMORY_SLOTS)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> VhostResult<Option<u64>> {
+        self.answered = true;
+        let map = self.memory.with(region_spec(region), &file);
+        self.set_memory(map.map_err(refuse)?);
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
+        self.answered = true;
+        let map = self.memory.without(region_spec(region));
+        self.set_memory(map.map_err(refuse)?);
+        Ok(())
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> VhostResult<()> {
+        self.answered = true;
+        not_offered()
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> VhostResult<File> {
+        self.answered = true;
+        not_offered()
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> VhostResult<(VhostUserInflight, File)> {
+        not_offered()
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> VhostResult<()> {
+        self.answered = true;
+        not_offered()
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> VhostResult<Option<File>> {
+        self.answered = true;
+        not_offered()
+    }
+
+    fn check_device_state(&mut self) -> VhostResult<()> {
+        self.answered = true;
+        not_offered()
+    }
+
+    fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {
+        not_offered()
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
+        not_offered()
+    }
+}

@@ -1,0 +1,514 @@
+//! The data path of one ring: requests out, answers in, one index and one call for a batch.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use memdesc::{MemSink, MemSource, Segment};
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES};
+use virtio_queue::{Error as RingError, Queue as Ring, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::blk::request::{
+    BlkStatus, HEADER, Header, Kind, Operation, RangeBytes, RangeLimits, SectorRanges, is_transfer,
+};
+use crate::chain::{BrokenRing, Chain, Half};
+use crate::device::{Device, has};
+use crate::generation::Generations;
+use crate::memory::GuestMap;
+use crate::token::{Claim, Token, Tokens};
+use crate::used_ring::UsedRing;
+use crate::vring::{MAX_RING_SIZE, RingAddresses, Signal};
+
+/// A request of the guest.
+///
+/// The memory in `operation` is the guest's; it stays mapped until `token` is finished. So the
+/// operation, and whatever was made from it and given to the kernel, must be gone by then.
+#[derive(Debug)]
+pub struct Request {
+    /// Goes back with the result.
+    pub token: Token,
+    /// What to do.
+    pub operation: Operation,
+}
+
+/// A change of a ring that runs, to be given to [`Queue::apply`].
+#[derive(Debug, Clone)]
+pub enum QueueUpdate {
+    /// Look for requests now.
+    Scan,
+    /// Another descriptor to wait on, or none. Stop waiting on [`Queue::kick_fd`] before applying
+    /// this, and wait on the new one after.
+    Kick(Option<Arc<File>>),
+    /// Another descriptor to call the driver with, or none.
+    Call(Option<Signal>),
+    /// Another descriptor to report a broken ring with, or none.
+    Err(Option<Signal>),
+    /// A new generation of guest memory.
+    Memory(Arc<GuestMap>),
+    /// Whether writes have to be durable before they are answered.
+    WriteThrough(bool),
+}
+
+/// All that a queue is made from.
+#[derive(Debug)]
+pub(crate) struct QueueSetup {
+    pub(crate) index: usize,
+    pub(crate) device: Arc<Device>,
+    pub(crate) map: Arc<GuestMap>,
+    pub(crate) features: u64,
+    pub(crate) size: u16,
+    pub(crate) addresses: RingAddresses,
+    pub(crate) base: u16,
+    pub(crate) kick: Option<Arc<File>>,
+    pub(crate) call: Option<Signal>,
+    pub(crate) err: Option<Signal>,
+    pub(crate) write_through: bool,
+}
+
+/// One ring that runs. Owned by one worker; it has no lock inside.
+///
+/// A worker scans a ring by calling [`Self::take`] until there is nothing more, finishes requests
+/// as they get done, calls [`Self::flush`] once for all that it finished, and [`Self::rearm`]
+/// before it goes to sleep. It scans when [`Self::kick_fd`] becomes readable (the descriptor is
+/// not read: wait for edges), after each [`Self::apply`], and when `rearm` says so.
+#[derive(Debug)]
+pub struct Queue {
+    index: usize,
+    device: Arc<Device>,
+    features: u64,
+    ring: Ring,
+    used: UsedRing,
+    generations: Generations,
+    tokens: Tokens,
+    chain: Chain,
+    kick: Option<Arc<File>>,
+    call: Option<Signal>,
+    err: Option<Signal>,
+    write_through: bool,
+    /// The driver was asked to kick.
+    armed: bool,
+    broken: Option<BrokenRing>,
+}
+
+/// Why a chain does not become a request for the worker.
+enum NotTaken {
+    /// It is answered here with a status, after this many bytes were written besides that.
+    Answer(BlkStatus, u32),
+    Broken(BrokenRing),
+}
+
+impl From<BrokenRing> for NotTaken {
+    fn from(reason: BrokenRing) -> Self {
+        Self::Broken(reason)
+    }
+}
+
+impl From<BlkStatus> for NotTaken {
+    fn from(status: BlkStatus) -> Self {
+        Self::Answer(status, 0)
+    }
+}
+
+impl Queue {
+    pub(crate) fn new(setup: QueueSetup) -> Result<Self, BrokenRing> {
+        let layout = |_| BrokenRing::RingLayout;
+        let RingAddresses {
+            descriptors,
+            available,
+            used,
+        } = setup.addresses;
+        let max = u16::try_from(MAX_RING_SIZE).map_err(|_| BrokenRing::RingLayout)?;
+        let mut ring = Ring::new(max).map_err(layout)?;
+        ring.try_set_size(setup.size).map_err(layout)?;
+        ring.try_set_desc_table_address(GuestAddress(descriptors))
+            .map_err(layout)?;
+        ring.try_set_avail_ring_address(GuestAddress(available))
+            .map_err(layout)?;
+        ring.try_set_used_ring_address(GuestAddress(used))
+            .map_err(layout)?;
+        let event_idx = has(setup.features, VIRTIO_RING_F_EVENT_IDX);
+        ring.set_event_idx(event_idx);
+        ring.set_next_avail(setup.base);
+        ring.set_ready(true);
+        if !ring.is_valid(setup.map.memory()) {
+            return Err(BrokenRing::RingOutsideMemory);
+        }
+        let used = UsedRing::new(&setup.map, used, available, setup.size, event_idx)?;
+        // Drivers count segments against `seg_max` and not against the size of the ring when they
+        // use indirect tables; two more are for the header and the status.
+        let seg_max = usize::try_from(setup.device.options().seg_max).unwrap_or(usize::MAX);
+        let limit = usize::from(setup.size).max(seg_max.saturating_add(2));
+        Ok(Self {
+            index: setup.index,
+            device: setup.device,
+            features: setup.features,
+            ring,
+            used,
+            generations: Generations::new(setup.map),
+            tokens: Tokens::new(setup.size),
+            chain: Chain::new(limit),
+            kick: setup.kick,
+            call: setup.call,
+            err: setup.err,
+            write_through: setup.write_through,
+            armed: true,
+            broken: None,
+        })
+    }
+
+    /// Number of the ring in its device.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Becomes readable when the driver has made requests available. `None` when the front-end
+    /// gave no descriptor; the ring is then scanned only when it starts or is updated. It belongs
+    /// to the front-end too: its flags must stay as they are, and it need not be read.
+    pub fn kick_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.kick.as_ref().map(|file| file.as_fd())
+    }
+
+    /// Index in the available ring of the next request to take: where the ring goes on when it
+    /// starts again.
+    pub fn next_avail(&self) -> u16 {
+        self.ring.next_avail()
+    }
+
+    /// Requests taken and not finished.
+    pub fn in_flight(&self) -> usize {
+        self.generations.in_flight()
+    }
+
+    /// Why the ring is not served any more, if so.
+    pub fn broken(&self) -> Option<BrokenRing> {
+        self.broken
+    }
+
+    /// Changes the ring. Scan it afterwards, whatever the change was: a kick on a descriptor that
+    /// was replaced may have been missed.
+    pub fn apply(&mut self, update: QueueUpdate) {
+        match update {
+            QueueUpdate::Scan => {}
+            QueueUpdate::Kick(file) => self.kick = file,
+            QueueUpdate::Call(signal) => self.call = signal,
+            QueueUpdate::Err(signal) => self.err = signal,
+            QueueUpdate::WriteThrough(on) => self.write_through = on,
+            QueueUpdate::Memory(map) => {
+                let whole = self.ring.is_valid(map.memory());
+                self.generations.replace(map);
+                if !whole {
+                    self.break_ring(BrokenRing::RingOutsideMemory);
+                }
+            }
+        }
+    }
+
+    /// Takes the next request, or `None` when there is none for now. `lists` gives storage for
+    /// segments: that of an earlier request, so that this one allocates nothing.
+    ///
+    /// Requests that need no storage, and those that cannot be carried out, are answered on the
+    /// way; so flush after taking, too.
+    ///
+    /// # Errors
+    /// Why the ring is broken; the first time it has also been logged and signalled.
+    pub fn take(
+        &mut self,
+        lists: &mut impl FnMut() -> Vec<Segment>,
+    ) -> Result<Option<Request>, BrokenRing> {
+        if let Some(reason) = self.broken {
+            return Err(reason);
+        }
+        self.next_request(lists)
+            .inspect_err(|&reason| self.break_ring(reason))
+    }
+
+    fn next_request(
+        &mut self,
+        lists: &mut impl FnMut() -> Vec<Segment>,
+    ) -> Result<Option<Request>, BrokenRing> {
+        self.disarm()?;
+        // A driver that keeps feeding requests which are answered here must not keep the worker.
+        for _ in 0..self.ring.size() {
+            if !self.next_chain()? {
+                return Ok(None);
+            }
+            let status_addr = self.chain.status_addr(self.generations.current())?;
+            match self.parse(lists) {
+                Ok(operation) => return self.issue(status_addr, operation).map(Some),
+                Err(NotTaken::Answer(status, written)) => {
+                    self.answer_now(status_addr, status, written)?;
+                }
+                Err(NotTaken::Broken(reason)) => return Err(reason),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Asks the driver not to kick while the worker is looking anyway.
+    fn disarm(&mut self) -> Result<(), BrokenRing> {
+        if std::mem::replace(&mut self.armed, false) {
+            self.ring
+                .disable_notification(self.generations.current().memory())
+                .map_err(ring_error)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the next chain into `self.chain`. False when there is none.
+    fn next_chain(&mut self) -> Result<bool, BrokenRing> {
+        let outstanding = self.in_flight() + usize::from(self.used.unpublished());
+        let memory = self.generations.current().memory();
+        // A request more than entries in the ring would also overrun the used ring.
+        let full = outstanding >= usize::from(self.ring.size());
+        match self.ring.iter(memory).map_err(ring_error)?.next() {
+            None => Ok(false),
+            Some(_) if full => Err(BrokenRing::TooManyAvailable),
+            Some(chain) => self.chain.read(chain).map(|()| true),
+        }
+    }
+
+    /// Counts the chain in `self.chain` as in flight.
+    fn issue(&mut self, status_addr: u64, operation: Operation) -> Result<Request, BrokenRing> {
+        let read = match &operation {
+            Operation::Read { sink, .. } => u32::try_from(sink.len()).unwrap_or(u32::MAX),
+            _ => 0,
+        };
+        let token = self.tokens.issue(Claim {
+            head: self.chain.head(),
+            status_addr,
+            written: read.saturating_add(1),
+            generation: self.generations.number(),
+        });
+        let token = token.ok_or(BrokenRing::TooManyAvailable)?;
+        self.generations.acquire();
+        Ok(Request { token, operation })
+    }
+
+    /// Answers the chain in `self.chain`.
+    fn answer_now(
+        &mut self,
+        status_addr: u64,
+        status: BlkStatus,
+        written: u32,
+    ) -> Result<(), BrokenRing> {
+        let head = self.chain.head();
+        let map = self.generations.current();
+        map.memory()
+            .write_obj(status.byte(), GuestAddress(status_addr))
+            .map_err(|_| BrokenRing::OutsideMemory { head })?;
+        self.used.stage(map, head, written.saturating_add(1))
+    }
+
+    /// Makes out what `self.chain` asks. Its memory is read here and never again.
+    fn parse(&self, lists: &mut impl FnMut() -> Vec<Segment>) -> Result<Operation, NotTaken> {
+        let readable = self.chain.len(Half::Readable);
+        let to_device = readable
+            .checked_sub(HEADER as u64)
+            .ok_or(BlkStatus::IoError)?;
+        let from_device = self.chain.len(Half::Writable).saturating_sub(1);
+        let mut header = [0; HEADER];
+        self.chain
+            .copy_out(self.generations.current(), 0, &mut header)?;
+        let Header { kind, sector } = Header::parse(&header);
+        let kind = kind
+            .filter(|kind| self.offers(*kind))
+            .ok_or(BlkStatus::Unsupported)?;
+        let options = self.device.options();
+        let changes = matches!(kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
+        if options.read_only && changes {
+            return Err(BlkStatus::IoError.into());
+        }
+        let fua = self.write_through;
+        Ok(match kind {
+            Kind::Read if is_transfer(sector, from_device) => {
+                let list = self.segments(Half::Writable, 0, from_device, lists())?;
+                let sink = MemSink::from_segments(list);
+                Operation::Read { sector, sink }
+            }
+            Kind::Write if is_transfer(sector, to_device) => {
+                let list = self.segments(Half::Readable, HEADER as u64, to_device, lists())?;
+                let source = MemSource::from_segments(list);
+                Operation::Write {
+                    sector,
+                    source,
+                    fua,
+                }
+            }
+            Kind::Read | Kind::Write => return Err(BlkStatus::IoError.into()),
+            Kind::Flush => Operation::Flush,
+            Kind::GetId => return Err(self.identify(from_device)?),
+            Kind::Discard => Operation::Discard(self.ranges(
+                to_device,
+                RangeLimits {
+                    segments: options.max_discard_seg,
+                    sectors: options.max_discard_sectors,
+                    may_unmap: false,
+                },
+            )?),
+            Kind::WriteZeroes => {
+                let limits = RangeLimits {
+                    segments: options.max_write_zeroes_seg,
+                    sectors: options.max_write_zeroes_sectors,
+                    may_unmap: true,
+                };
+                let ranges = self.ranges(to_device, limits)?;
+                Operation::WriteZeroes { ranges, fua }
+            }
+        })
+    }
+
+    /// False for the kinds that a driver must negotiate and did not.
+    fn offers(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Discard => has(self.features, VIRTIO_BLK_F_DISCARD),
+            Kind::WriteZeroes => has(self.features, VIRTIO_BLK_F_WRITE_ZEROES),
+            Kind::Read | Kind::Write | Kind::Flush | Kind::GetId => true,
+        }
+    }
+
+    fn segments(
+        &self,
+        half: Half,
+        skip: u64,
+        len: u64,
+        mut list: Vec<Segment>,
+    ) -> Result<Vec<Segment>, BrokenRing> {
+        list.clear();
+        let map = self.generations.current();
+        self.chain.segments(map, half, skip, len, &mut list)?;
+        Ok(list)
+    }
+
+    /// Writes as much of the serial as there is room for, and says how to answer a GET_ID.
+    fn identify(&self, room: u64) -> Result<NotTaken, BrokenRing> {
+        let serial = &self.device.options().serial;
+        let len = usize::try_from(room).map_or(serial.len(), |room| room.min(serial.len()));
+        if len == 0 {
+            return Ok(BlkStatus::IoError.into());
+        }
+        let map = self.generations.current();
+        self.chain.copy_in(map, &serial[..len])?;
+        let written = u32::try_from(len).unwrap_or(u32::MAX);
+        Ok(NotTaken::Answer(BlkStatus::Ok, written))
+    }
+
+    /// The segments of a discard or write-zeroes, in `len` bytes behind the header.
+    fn ranges(&self, len: u64, limits: RangeLimits) -> Result<SectorRanges, NotTaken> {
+        let mut bytes = RangeBytes::with_len(len, limits).ok_or(BlkStatus::IoError)?;
+        let map = self.generations.current();
+        self.chain
+            .copy_out(map, HEADER as u64, bytes.as_mut_slice())?;
+        Ok(bytes.parse(limits)?)
+    }
+
+    /// Ends a request: writes its status and stages its used element, which the guest sees after
+    /// the next [`Self::flush`]. On a broken ring nothing is written.
+    pub fn finish(&mut self, token: Token, status: BlkStatus) {
+        let Some(claim) = self.tokens.redeem(token) else {
+            tracing::error!(ring = self.index, "a request came back to the wrong ring");
+            debug_assert!(false, "a request came back to the wrong ring");
+            return;
+        };
+        if self.broken.is_none()
+            && let Err(reason) = self.answer(claim, status)
+        {
+            self.break_ring(reason);
+        }
+        self.generations.release(claim.generation);
+    }
+
+    fn answer(&mut self, claim: Claim, status: BlkStatus) -> Result<(), BrokenRing> {
+        let head = claim.head;
+        let map = self.generations.get(claim.generation);
+        map.and_then(|map| {
+            let addr = GuestAddress(claim.status_addr);
+            map.memory().write_obj(status.byte(), addr).ok()
+        })
+        .ok_or(BrokenRing::OutsideMemory { head })?;
+        let written = match status {
+            BlkStatus::Ok => claim.written,
+            BlkStatus::IoError | BlkStatus::Unsupported => 1,
+        };
+        self.used.stage(self.generations.current(), head, written)
+    }
+
+    /// Shows the guest every answer since the last call, at once, and calls the driver if it asked
+    /// for that. True when it was called.
+    pub fn flush(&mut self) -> bool {
+        let lost = self.tokens.take_lost();
+        if lost > 0 {
+            let ring = self.index;
+            tracing::error!(ring, lost, "requests were dropped unfinished");
+            debug_assert!(
+                false,
+                "{lost} requests of ring {ring} were dropped unfinished"
+            );
+        }
+        if self.broken.is_some() {
+            return false;
+        }
+        match self.used.publish(self.generations.current()) {
+            Ok(false) => false,
+            Ok(true) => {
+                if let Some(call) = &self.call {
+                    call.raise();
+                }
+                self.call.is_some()
+            }
+            Err(reason) => {
+                self.break_ring(reason);
+                false
+            }
+        }
+    }
+
+    /// Asks the driver for a kick with its next request. True when there already is one: scan
+    /// again instead of going to sleep.
+    pub fn rearm(&mut self) -> bool {
+        if self.broken.is_some() {
+            return false;
+        }
+        self.armed = true;
+        let memory = self.generations.current().memory();
+        match self.ring.enable_notification(memory) {
+            Ok(more) => more,
+            Err(error) => {
+                self.break_ring(ring_error(error));
+                false
+            }
+        }
+    }
+
+    /// Stops serving the ring for good: takes nothing more and writes nothing to it. Logs the
+    /// reason and signals the front-end, the first time.
+    pub fn break_ring(&mut self, reason: BrokenRing) {
+        if self.broken.is_some() {
+            return;
+        }
+        self.broken = Some(reason);
+        tracing::error!(ring = self.index, %reason, "ring is broken");
+        if let Some(err) = &self.err {
+            err.raise();
+        }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let in_flight = self.in_flight();
+        if in_flight > 0 {
+            let ring = self.index;
+            tracing::error!(ring, in_flight, "ring was dropped with requests in flight");
+            self.generations.leak();
+        }
+    }
+}
+
+fn ring_error(error: RingError) -> BrokenRing {
+    match error {
+        RingError::InvalidAvailRingIndex => BrokenRing::TooManyAvailable,
+        _ => BrokenRing::RingOutsideMemory,
+    }
+}

@@ -1,0 +1,136 @@
+//! One front-end's session: its messages turned into calls on the device's rings.
+//!
+//! A message that cannot be carried out is refused: the front-end is told so where the protocol has
+//! a way to (see [`crate::channel`]), nothing changes, and the session goes on. Only a broken
+//! transport ends it, and so does a stream in which message boundaries are lost.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+
+use crate::channel::{Channel, Message};
+use crate::device::Device;
+use crate::front_end::FrontEnd;
+use crate::queue::{Queue, QueueUpdate};
+
+/// Refused messages of a session that are logged one by one.
+const LOGGED_REFUSALS: u32 = 32;
+
+/// Who runs the rings. Called from the session's thread, which waits: each call returns when the
+/// worker that owns the ring has acted on it.
+pub trait Rings: Send + Sync {
+    /// Hands over ring `index`, which is not running. The worker scans it at once.
+    fn start(&self, index: usize, queue: Queue);
+
+    /// Has ring `index`, which is running, apply `update`. The worker scans it afterwards.
+    fn update(&self, index: usize, update: QueueUpdate);
+
+    /// Takes ring `index` back: nothing more is taken from it, what was taken is finished, and the
+    /// answers are flushed. `None` when it was not running.
+    fn stop(&self, index: usize) -> Option<Queue>;
+}
+
+/// Why a session ended, other than by the front-end going away.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The socket failed.
+    #[error("vhost-user socket: {0}")]
+    Socket(#[from] io::Error),
+    /// The message library gave up on the connection.
+    #[error("vhost-user connection: {0}")]
+    Connection(VhostError),
+}
+
+/// Serves one front-end connection until it goes away, and then stops every ring it started.
+/// Blocks. To end it from outside, shut the stream down through a clone.
+///
+/// # Errors
+/// [`SessionError`] when the connection broke rather than being closed between two messages.
+pub fn serve(
+    stream: UnixStream,
+    device: Arc<Device>,
+    rings: Arc<dyn Rings>,
+) -> Result<(), SessionError> {
+    stream.set_nonblocking(false)?;
+    let front_end = Arc::new(Mutex::new(FrontEnd::new(device, rings)));
+    let mut session = Session {
+        channel: Channel::new(stream.try_clone()?),
+        handler: BackendReqHandler::from_stream(stream, Arc::clone(&front_end)),
+        front_end,
+        refusals: 0,
+    };
+    while let Some(message) = session.channel.peek()? {
+        session.handle(&message)?;
+    }
+    Ok(())
+}
+
+struct Session {
+    channel: Channel,
+    handler: BackendReqHandler<Mutex<FrontEnd>>,
+    front_end: Arc<Mutex<FrontEnd>>,
+    refusals: u32,
+}
+
+impl Session {
+    fn front_end(&self) -> MutexGuard<'_, FrontEnd> {
+        self.front_end
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handle(&mut self, message: &Message) -> Result<(), SessionError> {
+        if let Some(reason) = message.unusable() {
+            self.log_refusal(message, &reason);
+            self.channel.skip(message)?;
+            return self.refuse(message);
+        }
+        self.front_end().begin();
+        match self.handler.handle_request() {
+            Ok(()) => Ok(()),
+            Err(error) if ends_session(&error) || !message.whole => {
+                Err(SessionError::Connection(error))
+            }
+            Err(error) => {
+                self.log_refusal(message, &error);
+                let answered = self.front_end().has_answered(message.request);
+                if answered {
+                    return Ok(());
+                }
+                self.refuse(message)
+            }
+        }
+    }
+
+    fn refuse(&mut self, message: &Message) -> Result<(), SessionError> {
+        let acknowledge = self.front_end().acknowledges();
+        Ok(self.channel.refuse(message, acknowledge)?)
+    }
+
+    /// A front-end may repeat itself without end; the log does not.
+    fn log_refusal(&mut self, message: &Message, reason: &dyn std::fmt::Display) {
+        self.refusals = self.refusals.saturating_add(1);
+        if self.refusals <= LOGGED_REFUSALS {
+            let request = message.name();
+            tracing::warn!(%request, %reason, "refused a vhost-user message");
+        }
+        if self.refusals == LOGGED_REFUSALS {
+            tracing::warn!("further refusals in this session are not logged");
+        }
+    }
+}
+
+/// True for errors of the connection, as opposed to those of one message.
+fn ends_session(error: &VhostError) -> bool {
+    matches!(
+        error,
+        VhostError::Disconnected
+            | VhostError::PartialMessage
+            | VhostError::SocketBroken(_)
+            | VhostError::SocketConnect(_)
+            | VhostError::SocketError(_)
+            | VhostError::SocketRetry(_)
+    )
+}
