@@ -1,0 +1,415 @@
+//! An association with one controller: bring-up, its I/O queue pairs, its loss, its end.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+
+use super::address::{TargetAddress, share};
+use super::admin::{ADMIN_QUEUE_ENTRIES, Admin, LossReport};
+use super::connect::{ConnectQueue, Connected, Parties, connect_queue};
+use super::dial::{Dial, NewQueue, Tcp};
+use super::enable::{enable, read_capabilities, shut_down};
+use super::error::{HostError, Loss};
+use super::identify::{ControllerInfo, identify_controller};
+use super::keepalive::KeepAlive;
+use super::namespace::{NamespaceInfo, NamespaceSelector};
+use super::survey::Survey;
+use crate::spec::fabrics::CNTLID_DYNAMIC;
+use crate::spec::property::Cc;
+use crate::spec::{Nqn, Sqe, feature};
+use crate::transport::drive::Driven;
+use crate::transport::{HostQueuePair, Registry, Transfer};
+
+/// In-capsule data that every admin queue takes over NVMe/TCP.
+const ADMIN_IN_CAPSULE_LIMIT: u32 = 8192;
+/// A look at all namespaces may take this many times as long as a command.
+const SURVEY_COMMANDS: u32 = 6;
+/// Longest wait for a controller's shutdown when bringing the association up failed.
+const FAILED_SHUTDOWN: Duration = Duration::from_millis(500);
+/// How long the end of the admin queue's task is waited for, once it was told.
+const STOP_GRACE: Duration = Duration::from_millis(100);
+
+/// Who we are and what we ask of a controller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostOptions {
+    /// Our NQN: what the target's list of allowed hosts goes by.
+    pub hostnqn: Nqn,
+    /// Our host identifier; not nil. One NQN always comes with the same identifier.
+    pub hostid: Uuid,
+    /// I/O queues to ask for, at least 1. Fewer may be granted.
+    pub nr_io_queues: u16,
+    /// Entries of an I/O queue, at least 2; one fewer can be outstanding. The controller's limit
+    /// applies.
+    pub queue_size: u16,
+    /// Keep-alive time-out, sent in milliseconds; zero turns it off.
+    pub keep_alive_tmo: Duration,
+    /// How long connecting to all addresses of the target may take together, and each command after
+    /// that. Enabling may take what the controller states instead.
+    pub connect_timeout: Duration,
+}
+
+impl HostOptions {
+    /// Options with their defaults: one queue of 128 entries, 5 s until either end takes the other
+    /// for dead, 5 s to connect.
+    pub fn new(hostnqn: Nqn, hostid: Uuid) -> Self {
+        Self {
+            hostnqn,
+            hostid,
+            nr_io_queues: 1,
+            queue_size: 128,
+            keep_alive_tmo: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(5),
+        }
+    }
+
+    /// Refuses what no controller would take. Returns KATO in milliseconds, rounded up.
+    fn check(&self) -> Result<u32, HostError> {
+        let refused = |option, value: String, reason| {
+            Err(HostError::Option {
+                option,
+                value,
+                reason,
+            })
+        };
+        if self.hostid.is_nil() {
+            return refused(
+                "--hostid",
+                self.hostid.to_string(),
+                "it must not be all zeroes",
+            );
+        }
+        if self.nr_io_queues == 0 {
+            return refused("--nr-io-queues", "0".to_owned(), "at least 1 is needed");
+        }
+        if self.queue_size < 2 {
+            let reason = "a queue has at least 2 entries";
+            return refused("--queue-size", self.queue_size.to_string(), reason);
+        }
+        if self.connect_timeout.is_zero() {
+            let reason = "nothing can be connected to in no time";
+            return refused("the connect time-out", "0".to_owned(), reason);
+        }
+        let millis = self.keep_alive_tmo.as_nanos().div_ceil(1_000_000);
+        u32::try_from(millis).or_else(|_| {
+            let reason = "the most is 4294967 s";
+            refused(
+                "--keep-alive-tmo",
+                format!("{:?}", self.keep_alive_tmo),
+                reason,
+            )
+        })
+    }
+}
+
+/// An association with a controller, as long as this value lives. Dropping it closes the admin
+/// queue at once; [`Self::shutdown`] is the orderly end.
+#[derive(Debug)]
+pub struct Association {
+    options: HostOptions,
+    info: ControllerInfo,
+    cc: Cc,
+    /// I/O queues that the controller grants.
+    granted: u16,
+    admin: Admin,
+    admin_task: JoinHandle<()>,
+    keep_alive: Option<KeepAlive>,
+    losses: LossReport,
+}
+
+impl Association {
+    /// Connects to a subsystem's controller, enables it and asks what it can do. Call it inside a
+    /// tokio runtime with I/O and time; two small tasks stay behind. Cancel-safe: dropping the
+    /// future closes what it opened.
+    ///
+    /// # Errors
+    /// [`HostError`] is the reason as one line. When the host has several addresses, the error is
+    /// that of the address where most went well.
+    pub async fn connect(
+        registry: &Registry,
+        target: &TargetAddress,
+        options: &HostOptions,
+    ) -> Result<Self, HostError> {
+        Self::connect_over(&Tcp(registry), target, options).await
+    }
+
+    pub(super) async fn connect_over(
+        dial: &impl Dial,
+        target: &TargetAddress,
+        options: &HostOptions,
+    ) -> Result<Self, HostError> {
+        let kato = options.check()?;
+        let end = Instant::now() + options.connect_timeout;
+        let addresses = target.resolve(end).await?;
+        let mut best: Option<HostError> = None;
+        for (tried, &at) in addresses.iter().enumerate() {
+            let deadline = share(Instant::now(), end, addresses.len() - tried);
+            let parties = Parties {
+                at,
+                subnqn: &target.subnqn,
+                hostnqn: &options.hostnqn,
+                hostid: options.hostid,
+            };
+            match connect_admin(dial, parties, kato, deadline).await {
+                Ok((driven, connected)) => {
+                    return Self::bring_up(driven, connected, parties, options, kato).await;
+                }
+                Err(error) => {
+                    tracing::debug!("{error}");
+                    if best
+                        .as_ref()
+                        .is_none_or(|best| best.depth() <= error.depth())
+                    {
+                        best = Some(error);
+                    }
+                }
+            }
+        }
+        Err(best.unwrap_or_else(|| HostError::Resolve {
+            host: target.host.clone(),
+            reason: "it has no address".to_owned(),
+        }))
+    }
+
+    /// What comes after the admin queue's Connect.
+    async fn bring_up(
+        driven: Driven<dyn HostQueuePair>,
+        connected: Connected,
+        parties: Parties<'_>,
+        options: &HostOptions,
+        kato: u32,
+    ) -> Result<Self, HostError> {
+        let losses = LossReport::new();
+        let (admin, admin_task) =
+            Admin::spawn(driven, parties.at, options.connect_timeout, losses.clone());
+        let cap = read_capabilities(&admin).await?;
+        let cc = enable(&admin, cap).await?;
+        // The controller's timer runs from here on, and identifying may take its time.
+        let keep_alive = (kato != 0)
+            .then(|| KeepAlive::start(admin.clone(), Duration::from_millis(kato.into())));
+        let identified = async {
+            let info = identify_controller(&admin, parties.subnqn, cap, connected.cntlid).await?;
+            let granted = ask_for_queues(&admin, options.nr_io_queues).await?;
+            Ok((info, granted))
+        };
+        let (info, granted) = match identified.await {
+            Ok(identified) => identified,
+            Err(error) => {
+                drop(keep_alive);
+                shut_down(&admin, cc, FAILED_SHUTDOWN).await;
+                return Err(error);
+            }
+        };
+        tracing::info!(
+            controller = %info.address, cntlid = info.cntlid, subnqn = %info.subnqn,
+            model = info.model, serial = info.serial, firmware = info.firmware,
+            io_queues = granted, sq_flow_control = connected.sq_flow_control,
+            "association established"
+        );
+        Ok(Self {
+            options: options.clone(),
+            info,
+            cc,
+            granted,
+            admin,
+            admin_task,
+            keep_alive,
+            losses,
+        })
+    }
+
+    /// What the controller is and can do.
+    pub fn controller(&self) -> &ControllerInfo {
+        &self.info
+    }
+
+    /// I/O queues that the controller grants: at least 1, at most what was asked for.
+    pub fn io_queues_granted(&self) -> u16 {
+        self.granted
+    }
+
+    /// Entries of each I/O queue: what was asked for, within the controller's limit.
+    pub fn io_queue_entries(&self) -> u32 {
+        u32::from(self.options.queue_size).min(self.info.max_queue_entries)
+    }
+
+    /// The active namespaces that can be served, by ascending NSID. Others are logged with what is
+    /// in the way.
+    ///
+    /// # Errors
+    /// The controller fails to answer, or its lists make no sense.
+    pub async fn namespaces(&self) -> Result<Vec<NamespaceInfo>, HostError> {
+        let found = self.survey(async |survey| survey.all().await).await?;
+        let mut usable = Vec::with_capacity(found.len());
+        for found in found {
+            match found.info {
+                Ok(info) => usable.push(info),
+                Err(reason) => {
+                    tracing::warn!(nsid = found.nsid, "namespace cannot be used: {reason}");
+                }
+            }
+        }
+        Ok(usable)
+    }
+
+    /// Finds one namespace.
+    ///
+    /// # Errors
+    /// As [`Self::namespaces`]; nothing or too much is selected, and then the error lists what
+    /// there is; or the namespace cannot be served, with the reason.
+    pub async fn select(&self, selector: &NamespaceSelector) -> Result<NamespaceInfo, HostError> {
+        self.survey(async |survey| survey.select(selector).await)
+            .await
+    }
+
+    async fn survey<T>(
+        &self,
+        look: impl AsyncFnOnce(&Survey<'_>) -> Result<T, HostError>,
+    ) -> Result<T, HostError> {
+        let survey = Survey {
+            admin: &self.admin,
+            subnqn: &self.info.subnqn,
+            hostnqn: &self.options.hostnqn,
+            max_transfer: self.info.max_transfer,
+        };
+        let within = self.options.connect_timeout * SURVEY_COMMANDS;
+        timeout(within, look(&survey))
+            .await
+            .unwrap_or(Err(HostError::TimedOut {
+                at: self.info.address,
+                command: "Identify of its namespaces",
+                after: within,
+            }))
+    }
+
+    /// Connects all I/O queue pairs that the controller grants, in the order of their queue IDs from
+    /// 1. They are not registered with the runtime, and are ready to be handed to workers. Drop
+    /// them before [`Self::shutdown`].
+    ///
+    /// # Errors
+    /// The first queue that fails; those before it are closed.
+    pub async fn open_io_queues(
+        &self,
+        registry: &Registry,
+    ) -> Result<Vec<Box<dyn HostQueuePair>>, HostError> {
+        self.open_io_queues_over(&Tcp(registry)).await
+    }
+
+    pub(super) async fn open_io_queues_over(
+        &self,
+        dial: &impl Dial,
+    ) -> Result<Vec<Box<dyn HostQueuePair>>, HostError> {
+        let mut pairs = Vec::with_capacity(self.granted.into());
+        for qid in 1..=self.granted {
+            pairs.push(self.open_io_queue(dial, qid).await?);
+        }
+        Ok(pairs)
+    }
+
+    async fn open_io_queue(
+        &self,
+        dial: &impl Dial,
+        qid: u16,
+    ) -> Result<Box<dyn HostQueuePair>, HostError> {
+        let deadline = Instant::now() + self.options.connect_timeout;
+        let at = self.info.address;
+        let entries = self.io_queue_entries();
+        let new = NewQueue {
+            admin: false,
+            entries,
+            in_capsule_limit: self.info.in_capsule_limit,
+        };
+        let pair = dial.open(at, new, deadline).await?;
+        let mut driven = drive(at, pair)?;
+        let parties = Parties {
+            at,
+            subnqn: &self.info.subnqn,
+            hostnqn: &self.options.hostnqn,
+            hostid: self.options.hostid,
+        };
+        let queue = ConnectQueue {
+            qid,
+            entries,
+            cntlid: self.info.cntlid,
+            kato: 0,
+        };
+        connect_queue(&mut driven, parties, queue, deadline).await?;
+        Ok(driven.into_pair())
+    }
+
+    /// Tells when the association is lost, and how: once, the first cause. The sender goes away
+    /// with the association, without a loss when the association was shut down or dropped.
+    pub fn lost(&self) -> watch::Receiver<Option<Loss>> {
+        self.losses.subscribe()
+    }
+
+    /// Ends the association in order: asks the controller for a normal shutdown, waits until that is
+    /// complete, closes the admin queue. Takes no longer than `deadline` and a moment, also when the
+    /// controller is dead.
+    ///
+    /// The I/O queue pairs should be drained and dropped before.
+    pub async fn shutdown(self, deadline: Duration) {
+        // A controller that shuts down is not ready any more, which is no loss now.
+        drop(self.keep_alive);
+        let complete = shut_down(&self.admin, self.cc, deadline).await;
+        self.admin.stop();
+        let abort = self.admin_task.abort_handle();
+        if timeout(STOP_GRACE, self.admin_task).await.is_err() {
+            abort.abort();
+        }
+        tracing::info!(
+            controller = %self.info.address, cntlid = self.info.cntlid, complete,
+            "association ended"
+        );
+    }
+}
+
+/// Opens and connects the admin queue at one address.
+async fn connect_admin(
+    dial: &impl Dial,
+    parties: Parties<'_>,
+    kato: u32,
+    deadline: Instant,
+) -> Result<(Driven<dyn HostQueuePair>, Connected), HostError> {
+    let new = NewQueue {
+        admin: true,
+        entries: ADMIN_QUEUE_ENTRIES,
+        in_capsule_limit: ADMIN_IN_CAPSULE_LIMIT,
+    };
+    let pair = dial.open(parties.at, new, deadline).await?;
+    let mut driven = drive(parties.at, pair)?;
+    let queue = ConnectQueue {
+        qid: 0,
+        entries: ADMIN_QUEUE_ENTRIES,
+        cntlid: CNTLID_DYNAMIC,
+        kato,
+    };
+    let connected = connect_queue(&mut driven, parties, queue, deadline).await?;
+    Ok((driven, connected))
+}
+
+fn drive(
+    at: SocketAddr,
+    pair: Box<dyn HostQueuePair>,
+) -> Result<Driven<dyn HostQueuePair>, HostError> {
+    Driven::new(pair).map_err(|error| HostError::Transport {
+        at,
+        reason: error.to_string(),
+    })
+}
+
+/// Asks for I/O queues. Returns how many there may be: never none, never more than asked for.
+async fn ask_for_queues(admin: &Admin, wanted: u16) -> Result<u16, HostError> {
+    let sqe = Sqe::set_features(
+        feature::fid::NUMBER_OF_QUEUES,
+        feature::number_of_queues(wanted),
+    );
+    let done = admin
+        .execute("Set Features (Number of Queues)", sqe, Transfer::None)
+        .await?;
+    let granted = feature::queues_granted(done.cqe.dw0());
+    Ok(u16::try_from(granted).unwrap_or(u16::MAX).min(wanted))
+}

@@ -1,0 +1,131 @@
+//! Opens connected queue pairs to an address: the seam between the host role and the fabric.
+
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::error::HostError;
+use crate::spec::trtype;
+use crate::transport::registry::Lease;
+use crate::transport::tcp::{self, ConnectError};
+use crate::transport::{HostQueuePair, QueueParams, Registry};
+
+/// A queue pair to be opened, before Connect.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewQueue {
+    pub(super) admin: bool,
+    /// Entries.
+    pub(super) entries: u32,
+    /// Bytes.
+    pub(super) in_capsule_limit: u32,
+}
+
+/// A fabric on which queue pairs can be opened.
+pub(super) trait Dial: Sync {
+    /// Connects, and opens a queue pair on the connection.
+    fn open(
+        &self,
+        at: SocketAddr,
+        queue: NewQueue,
+        deadline: Instant,
+    ) -> impl Future<Output = Result<Box<dyn HostQueuePair>, HostError>> + Send;
+}
+
+/// TCP, through whichever transport of the registry takes the connection.
+pub(super) struct Tcp<'a>(pub(super) &'a Registry);
+
+impl Dial for Tcp<'_> {
+    async fn open(
+        &self,
+        at: SocketAddr,
+        queue: NewQueue,
+        deadline: Instant,
+    ) -> Result<Box<dyn HostQueuePair>, HostError> {
+        let started = Instant::now();
+        let connection = tcp::connect(at, deadline)
+            .await
+            .map_err(|error| handshake_failed(at, error, deadline - started))?;
+        let params = QueueParams {
+            admin: queue.admin,
+            queue_size: queue.entries,
+            // Connect asks to turn it off. The pair is opened before the answer is known, and
+            // needs no more of it: see `connect_queue`.
+            sq_flow_control: false,
+            in_capsule_limit: queue.in_capsule_limit,
+            connection,
+            lease: Lease::default(),
+        };
+        self.0
+            .open_host(trtype::TCP, params)
+            .map_err(|error| HostError::Transport {
+                at,
+                reason: error.to_string(),
+            })
+    }
+}
+
+fn handshake_failed(at: SocketAddr, error: ConnectError, after: Duration) -> HostError {
+    match error {
+        ConnectError::Io(error) => match error.kind() {
+            ErrorKind::ConnectionRefused => HostError::Refused { at },
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof => {
+                HostError::HandshakeClosed { at }
+            }
+            _ => HostError::Unreachable {
+                at,
+                reason: error.to_string(),
+            },
+        },
+        ConnectError::Closed => HostError::HandshakeClosed { at },
+        ConnectError::TlsDemanded => HostError::TlsDemanded { at },
+        ConnectError::TimedOut => HostError::HandshakeTimedOut {
+            at,
+            after: rounded(after),
+        },
+        ConnectError::Protocol(reason) | ConnectError::Terminated(reason) => {
+            HostError::Handshake { at, reason }
+        }
+    }
+}
+
+/// To the millisecond, for messages.
+pub(super) fn rounded(duration: Duration) -> Duration {
+    let micros = duration.as_micros() + 500;
+    Duration::from_millis(u64::try_from(micros / 1000).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn what_the_socket_reports_becomes_advice() {
+        let at: SocketAddr = "192.0.2.1:4420".parse().unwrap();
+        let failed = |error| handshake_failed(at, error, Duration::from_micros(1_999_700));
+        let io_error = |kind: ErrorKind| failed(ConnectError::Io(io::Error::from(kind)));
+        assert_eq!(
+            io_error(ErrorKind::ConnectionRefused),
+            HostError::Refused { at }
+        );
+        assert_eq!(
+            io_error(ErrorKind::ConnectionReset),
+            HostError::HandshakeClosed { at }
+        );
+        assert!(matches!(
+            io_error(ErrorKind::NetworkUnreachable),
+            HostError::Unreachable { .. }
+        ));
+        assert_eq!(
+            failed(ConnectError::TimedOut),
+            HostError::HandshakeTimedOut {
+                at,
+                after: Duration::from_secs(2)
+            }
+        );
+        assert!(failed(ConnectError::Closed).to_string().contains("TLS"));
+    }
+}

@@ -1,0 +1,242 @@
+//! Identify Controller, digested into the limits and abilities that the rest goes by.
+
+use std::net::SocketAddr;
+
+use zerocopy::FromBytes;
+
+use super::admin::Admin;
+use super::error::HostError;
+use crate::spec::identify::{IDENTIFY_LEN, IdentifyController, cns, oncs};
+use crate::spec::property::Cap;
+use crate::spec::{Nqn, Sqe};
+
+/// Version from which Identify with CNS 06h may be asked.
+const VERSION_2_0: u32 = 2 << 16;
+/// In-capsule data that is used at most, whatever the controller takes: a larger capsule would
+/// only keep others waiting.
+const IN_CAPSULE_MAX: u64 = 1 << 20;
+/// Capsule sizes come in units of this many bytes; a command takes four.
+const CAPSULE_UNIT: u64 = 16;
+const COMMAND_UNITS: u32 = 4;
+/// CNTRLTYPE of a discovery and of an administrative controller.
+const DISCOVERY_CONTROLLER: u8 = 2;
+const ADMINISTRATIVE_CONTROLLER: u8 = 3;
+/// Ranges that one Dataset Management command can hold.
+const DSM_RANGES_MAX: u16 = 256;
+
+/// What a controller is and can do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ControllerInfo {
+    /// Its address, the one of several that answered.
+    pub address: SocketAddr,
+    /// Its subsystem.
+    pub subnqn: Nqn,
+    /// Controller ID.
+    pub cntlid: u16,
+    /// Specification version: major in bits 31:16, minor in 15:8, tertiary in 7:0; 0 = not told.
+    pub version: u32,
+    /// Serial number, without padding and control characters.
+    pub serial: String,
+    /// Model number, likewise.
+    pub model: String,
+    /// Firmware revision, likewise.
+    pub firmware: String,
+    /// Bytes that one command may transfer (MDTS); `None` = no limit.
+    pub max_transfer: Option<u64>,
+    /// Bytes of data that a command capsule of an I/O queue may hold; 0 = none.
+    pub in_capsule_limit: u32,
+    /// Entries that an I/O queue may have (CAP.MQES and MAXCMD), at least 2.
+    pub max_queue_entries: u32,
+    /// Optional NVM commands: see [`oncs`].
+    pub oncs: u16,
+    /// It has a volatile write cache: what is not flushed may be lost with it.
+    pub volatile_write_cache: bool,
+    /// Bytes that one Write Zeroes may cover (WZSL); `None` = no limit told.
+    pub max_write_zeroes: Option<u64>,
+    /// Limits of Dataset Management.
+    pub deallocate: DeallocateLimits,
+}
+
+/// What one Dataset Management command may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeallocateLimits {
+    /// Ranges, 1 to 256 (DMRL).
+    pub max_ranges: u16,
+    /// Blocks of one range (DMRSL).
+    pub max_range_blocks: u32,
+    /// Blocks of all ranges together (DMSL); `None` = no limit told.
+    pub max_blocks: Option<u64>,
+}
+
+impl Default for DeallocateLimits {
+    fn default() -> Self {
+        Self {
+            max_ranges: DSM_RANGES_MAX,
+            max_range_blocks: u32::MAX,
+            max_blocks: None,
+        }
+    }
+}
+
+impl ControllerInfo {
+    /// Write Zeroes is supported.
+    pub fn supports_write_zeroes(&self) -> bool {
+        self.oncs & oncs::WRITE_ZEROES != 0
+    }
+
+    /// Dataset Management, and so deallocation, is supported.
+    pub fn supports_deallocate(&self) -> bool {
+        self.oncs & oncs::DATASET_MANAGEMENT != 0
+    }
+}
+
+/// Asks the controller who it is. `cntlid` is what Connect returned.
+pub(super) async fn identify_controller(
+    admin: &Admin,
+    subnqn: &Nqn,
+    cap: Cap,
+    cntlid: u16,
+) -> Result<ControllerInfo, HostError> {
+    let at = admin.at();
+    let unusable = |reason: String| HostError::Unusable { at, reason };
+    let sqe = Sqe::identify(cns::CONTROLLER, 0, 0);
+    let bytes = admin.read("Identify Controller", sqe, IDENTIFY_LEN).await?;
+    let (data, _) = IdentifyController::ref_from_prefix(&bytes)
+        .map_err(|_| unusable("Identify Controller is too short".to_owned()))?;
+    let mut info = digest(data, at, subnqn, cap).map_err(unusable)?;
+    if info.cntlid != cntlid {
+        return Err(unusable(format!(
+            "Connect returned controller ID {cntlid:#06x} and Identify {:#06x}",
+            info.cntlid
+        )));
+    }
+    if info.version >= VERSION_2_0 {
+        let sqe = Sqe::identify(cns::IO_CONTROLLER, 0, 0);
+        match admin
+            .read(
+                "Identify I/O Command Set Specific Controller",
+                sqe,
+                IDENTIFY_LEN,
+            )
+            .await
+        {
+            Ok(bytes) => add_command_set_limits(&mut info, &bytes, cap),
+            // Optional for the NVM command set: no limits then.
+            Err(HostError::Command { status, .. }) => {
+                tracing::debug!(controller = %at, "no NVM command set limits: {status}");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(info)
+}
+
+fn digest(
+    data: &IdentifyController,
+    address: SocketAddr,
+    subnqn: &Nqn,
+    cap: Cap,
+) -> Result<ControllerInfo, String> {
+    match data.cntrltype {
+        DISCOVERY_CONTROLLER => return Err("it is a discovery controller".to_owned()),
+        ADMINISTRATIVE_CONTROLLER => return Err("it is an administrative controller".to_owned()),
+        _ => {}
+    }
+    check_subnqn(data, subnqn)?;
+    for (what, reported, ours) in [("submission", data.sqes, 6), ("completion", data.cqes, 4)] {
+        if reported & 0xf > ours {
+            let least = 1u32 << (reported & 0xf);
+            return Err(format!(
+                "its {what} queue entries have at least {least} bytes"
+            ));
+        }
+    }
+    let max_queue_entries = match u32::from(data.maxcmd.get()) {
+        0 => cap.max_queue_entries(),
+        maxcmd => cap.max_queue_entries().min(maxcmd).max(2),
+    };
+    Ok(ControllerInfo {
+        address,
+        subnqn: subnqn.clone(),
+        cntlid: data.cntlid.get(),
+        version: data.ver.get(),
+        serial: text(&data.sn),
+        model: text(&data.mn),
+        firmware: text(&data.fr),
+        max_transfer: pages(data.mdts, cap),
+        in_capsule_limit: in_capsule_limit(data)?,
+        max_queue_entries,
+        oncs: data.oncs.get(),
+        volatile_write_cache: data.vwc & 1 != 0,
+        max_write_zeroes: None,
+        deallocate: DeallocateLimits::default(),
+    })
+}
+
+/// A controller that answers under another name is another subsystem, and its namespaces are not
+/// the ones that were asked for. A field without a name says nothing.
+fn check_subnqn(data: &IdentifyController, subnqn: &Nqn) -> Result<(), String> {
+    match Nqn::from_field(&data.subnqn) {
+        Ok(told) if told != *subnqn => Err(format!(
+            "it was connected to as {subnqn} and says that its subsystem is {told}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn in_capsule_limit(data: &IdentifyController) -> Result<u32, String> {
+    let units = data.ioccsz.get();
+    let Some(room) = units.checked_sub(COMMAND_UNITS) else {
+        return Err(format!(
+            "its I/O command capsules have {} bytes, too few for a command (IOCCSZ)",
+            u64::from(units) * CAPSULE_UNIT
+        ));
+    };
+    if data.icdoff.get() != 0 {
+        // Data would not follow the command directly, as NVMe/TCP has it.
+        return Ok(0);
+    }
+    Ok((u64::from(room) * CAPSULE_UNIT).min(IN_CAPSULE_MAX) as u32)
+}
+
+/// 2^`power` of the controller's smallest pages in bytes; 0, and what no command can reach, is no
+/// limit.
+fn pages(power: u8, cap: Cap) -> Option<u64> {
+    if power == 0 {
+        return None;
+    }
+    let shift = u32::from(power) + cap.mps_min().trailing_zeros();
+    (shift < u64::BITS).then(|| 1 << shift)
+}
+
+/// Identify with CNS 06h for the NVM command set: WZSL is byte 1, DMRL byte 3, DMRSL bytes 4 to 7,
+/// DMSL bytes 8 to 15; zeroes are no limits.
+fn add_command_set_limits(info: &mut ControllerInfo, bytes: &[u8], cap: Cap) {
+    let [_, wzsl, _, dmrl, rest @ ..] = bytes else {
+        return;
+    };
+    let Some((dmrsl, rest)) = rest.split_first_chunk::<4>() else {
+        return;
+    };
+    let Some((dmsl, _)) = rest.split_first_chunk::<8>() else {
+        return;
+    };
+    info.max_write_zeroes = pages(*wzsl, cap);
+    let limits = &mut info.deallocate;
+    if *dmrl != 0 {
+        limits.max_ranges = u16::from(*dmrl);
+    }
+    if let blocks @ 1.. = u32::from_le_bytes(*dmrsl) {
+        limits.max_range_blocks = blocks;
+    }
+    limits.max_blocks = Some(u64::from_le_bytes(*dmsl)).filter(|&blocks| blocks != 0);
+}
+
+/// A string field: padding and control characters removed, what is no text replaced.
+fn text(field: &[u8]) -> String {
+    let text: String = String::from_utf8_lossy(field)
+        .chars()
+        .filter(|c| !c.is_control())
+        .collect();
+    text.trim().to_owned()
+}

@@ -1,0 +1,28 @@
+//! The host role: associations with remote NVMe-oF controllers, on the control plane.
+//!
+//! [`Association::connect`] brings an association up: it resolves the address, connects the admin
+//! queue, enables the controller, reads what it can do and agrees on a number of I/O queues.
+//! [`Association::select`] finds a namespace, [`Association::open_io_queues`] connects the I/O queue
+//! pairs, which are then handed to the workers that drive them. What stays here is one task that
+//! owns the admin queue and one that keeps the association alive; [`Association::lost`] tells when
+//! either finds that the controller is gone.
+//!
+//! Everything that waits has a deadline, and nothing that a controller says is believed unchecked.
+
+mod address;
+mod admin;
+mod association;
+mod connect;
+mod dial;
+mod enable;
+mod error;
+mod identify;
+mod keepalive;
+mod namespace;
+mod survey;
+
+pub use address::TargetAddress;
+pub use association::{Association, HostOptions};
+pub use error::{HostError, Loss};
+pub use identify::{ControllerInfo, DeallocateLimits};
+pub use namespace::{NamespaceInfo, NamespaceSelector, OptimalIo};
