@@ -1,8 +1,9 @@
 //! A lane: work that one worker thread owns and drives, knowing no runtime.
 
+use std::os::fd::BorrowedFd;
 use std::task::Context;
 
-use super::{Interest, Ready};
+use super::Ready;
 
 /// What a lane wants after a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,17 +18,21 @@ pub enum Turn {
 
 /// Work that a worker drives: gather what is ready, process a bounded batch, flush once.
 pub trait Lane {
-    /// A number that changes whenever the descriptors of [`Self::interests`] change.
+    /// A number that changes whenever the descriptors of [`Self::descriptors`] change.
     fn generation(&self) -> u64;
 
-    /// Lists the descriptors to watch. Which directions are wanted may change with every turn; the
-    /// descriptors and their order only together with [`Self::generation`].
-    fn interests<'a>(&'a self, out: &mut Vec<Interest<'a>>);
+    /// Lists the descriptors to watch. They, and their order, stay the same while
+    /// [`Self::generation`] does.
+    fn descriptors<'a>(&'a self, out: &mut Vec<BorrowedFd<'a>>);
+
+    /// True when the lane waits until it can write to descriptor number `index`. All are waited on
+    /// for reading.
+    fn wants_write(&self, index: usize) -> bool;
 
     /// Takes what the control plane sent, and leaves the waker where it will be found. True when
     /// there was something, so that a turn is due.
     fn poll_mailbox(&mut self, cx: &mut Context<'_>) -> bool;
 
-    /// One turn. `ready` matches [`Self::interests`]; flags that were used up are cleared.
+    /// One turn. `ready` matches [`Self::descriptors`]; flags that were used up are cleared.
     fn turn(&mut self, ready: &mut [Ready]) -> Turn;
 }
