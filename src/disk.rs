@@ -1,0 +1,284 @@
+//! One attached disk: a vhost-user device in front, an association behind, lanes between them.
+
+use std::io;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nvmf::host::{Association, HostError, HostOptions, NamespaceSelector, TargetAddress};
+use nvmf::transport::Registry;
+use tokio::net::UnixListener;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use vhost_user_blk::{Device, Queue, QueueUpdate, Rings, serve};
+
+use crate::bridge::geometry::{self, Choices};
+use crate::bridge::translate::Limits;
+use crate::config::AttachConfig;
+use crate::limits::{LANE_SLOTS, MAILBOX};
+use crate::metrics::{DiskCounters, DiskTotals};
+use crate::worker::Worker;
+use crate::worker::lane::{DeviceLane, LaneSetup};
+use crate::worker::mailbox::{LaneMessage, Mailbox};
+
+/// How long rings may take to drain when the daemon is told to end.
+const DRAIN: Duration = Duration::from_millis(600);
+/// How long lanes may take to let go of everything.
+const LET_GO: Duration = Duration::from_millis(200);
+/// How long the controller may take to shut down.
+const SHUTDOWN: Duration = Duration::from_millis(700);
+
+/// A disk that is served.
+pub(crate) struct Disk {
+    name: String,
+    device: Arc<Device>,
+    lanes: Vec<Mailbox>,
+    association: Association,
+    counters: Arc<DiskCounters>,
+}
+
+impl Disk {
+    /// Connects to the namespace and places a lane for each I/O queue pair on the workers.
+    ///
+    /// # Errors
+    /// [`HostError`] as one line; nothing stays open then.
+    pub(crate) async fn attach(
+        registry: &Registry,
+        config: &AttachConfig,
+        workers: &[Worker],
+    ) -> Result<Self, HostError> {
+        let target = TargetAddress::from(&config.target);
+        let options = HostOptions {
+            nr_io_queues: config.nr_io_queues,
+            queue_size: config.queue_size,
+            keep_alive_tmo: config.keep_alive.unwrap_or(Duration::ZERO),
+            ..HostOptions::new(config.host.nqn.clone(), config.host.id)
+        };
+        let association = Association::connect(registry, &target, &options).await?;
+        let selector = NamespaceSelector::from(&config.target.selector);
+        let opened = async {
+            let namespace = association.select(&selector).await?;
+            Ok((namespace, association.open_io_queues(registry).await?))
+        };
+        let (namespace, pairs) = match opened.await {
+            Ok(opened) => opened,
+            Err(error) => {
+                association.shutdown(SHUTDOWN).await;
+                return Err(error);
+            }
+        };
+        let controller = association.controller();
+        let limits = Limits::new(controller, &namespace);
+        let device = Device::new(geometry::device_options(&namespace, controller, config));
+        let name = config.target.to_string();
+        let counters = Arc::new(DiskCounters::default());
+        let mut lanes = Vec::with_capacity(pairs.len());
+        for (pair, worker) in pairs.into_iter().zip(workers.iter().cycle()) {
+            let (mailbox, mail) = Mailbox::new(MAILBOX);
+            let setup = LaneSetup {
+                name: name.clone(),
+                limits,
+                pairs: vec![pair],
+                mail,
+                counters: counters.lane(),
+                slots: LANE_SLOTS,
+            };
+            worker.place(Box::new(move || Box::new(DeviceLane::new(setup)))).await;
+            lanes.push(mailbox);
+        }
+        tracing::info!(
+            disk = name,
+            nsid = namespace.nsid,
+            block_size = namespace.block_size,
+            blocks = namespace.block_count,
+            lanes = lanes.len(),
+            "disk attached"
+        );
+        Ok(Self { name, device, lanes, association, counters })
+    }
+
+    /// Serves front-ends, one after the other, until `stop` comes; then drains, shuts the
+    /// controller down, and logs the counters. Ends within two seconds of `stop`, also when the
+    /// controller is dead.
+    ///
+    /// # Errors
+    /// The listening socket fails.
+    pub(crate) async fn serve(
+        self,
+        listener: StdUnixListener,
+        stop: impl Future<Output = ()>,
+    ) -> io::Result<()> {
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        tokio::pin!(stop);
+        let mut lost = self.association.lost();
+        let mut alive = true;
+        let mut session: Option<Session> = None;
+        let result = loop {
+            tokio::select! {
+                () = &mut stop => break Ok(()),
+                changed = lost.changed(), if alive => {
+                    alive = false;
+                    if changed.is_ok() {
+                        self.path_lost(&lost).await;
+                    }
+                }
+                () = Session::ended(&mut session) => {
+                    session = None;
+                    tracing::info!(disk = self.name, "front-end has gone; waiting for the next");
+                }
+                accepted = listener.accept(), if session.is_none() => match accepted {
+                    Ok((stream, _)) => match self.open_session(stream) {
+                        Ok(opened) => session = Some(opened),
+                        Err(error) => {
+                            tracing::error!(disk = self.name, %error, "cannot serve a front-end");
+                        }
+                    },
+                    Err(error) => break Err(error),
+                },
+            }
+        };
+        drop(listener);
+        self.shutdown(session).await;
+        result
+    }
+
+    fn open_session(&self, stream: tokio::net::UnixStream) -> io::Result<Session> {
+        let stream = stream.into_std()?;
+        let shutdown = stream.try_clone()?;
+        let device = Arc::clone(&self.device);
+        let rings: Arc<dyn Rings> = Arc::new(LaneRings { lanes: self.lanes.clone() });
+        let name = self.name.clone();
+        let (ended, end) = oneshot::channel();
+        // A thread of its own: the messages are read blocking, and a drain may take its time.
+        std::thread::Builder::new().name("session".to_owned()).spawn(move || {
+            if let Err(error) = serve(stream, device, rings) {
+                tracing::warn!(disk = name, %error, "session ended");
+            }
+            let _ = ended.send(());
+        })?;
+        tracing::info!(disk = self.name, "front-end connected");
+        Ok(Session { shutdown, end })
+    }
+
+    async fn path_lost(
+        &self,
+        lost: &tokio::sync::watch::Receiver<Option<nvmf::host::Loss>>,
+    ) {
+        let loss = lost.borrow().as_ref().map(ToString::to_string);
+        if let Some(loss) = loss {
+            tracing::error!(
+                disk = self.name,
+                "association lost: {loss}; every request fails until the daemon is started again"
+            );
+            for lane in &self.lanes {
+                lane.send(LaneMessage::PathLost).await;
+            }
+        }
+    }
+
+    async fn shutdown(self, session: Option<Session>) {
+        if let Some(Session { shutdown, end }) = session {
+            // The session stops its rings, which drains them.
+            let _ = shutdown.shutdown(std::net::Shutdown::Both);
+            if timeout(DRAIN, end).await.is_err() {
+                tracing::warn!(disk = self.name, "requests in flight are given up");
+            }
+        }
+        for lane in &self.lanes {
+            let (done, ended) = oneshot::channel();
+            lane.send(LaneMessage::End { done }).await;
+            let _ = timeout(LET_GO, ended).await;
+        }
+        self.association.shutdown(SHUTDOWN).await;
+        log_totals(&self.name, self.counters.totals());
+    }
+}
+
+fn log_totals(disk: &str, totals: DiskTotals) {
+    let DiskTotals {
+        requests,
+        reads,
+        writes,
+        flushes,
+        discards,
+        write_zeroes,
+        errors,
+        read_bytes,
+        written_bytes,
+        commands,
+        copied_bytes,
+        sends,
+        receives,
+        interrupts,
+        turns,
+    } = totals;
+    tracing::info!(
+        disk,
+        requests,
+        reads,
+        writes,
+        flushes,
+        discards,
+        write_zeroes,
+        errors,
+        read_bytes,
+        written_bytes,
+        commands,
+        copied_bytes,
+        sends,
+        receives,
+        interrupts,
+        turns,
+        "disk counters"
+    );
+}
+
+/// A front-end's session, in a thread of its own.
+struct Session {
+    /// Ends the session when it is shut down.
+    shutdown: UnixStream,
+    end: oneshot::Receiver<()>,
+}
+
+impl Session {
+    /// Waits for the end of the session, if there is one; otherwise for ever.
+    async fn ended(session: &mut Option<Self>) {
+        match session {
+            // An error means that the thread is gone, which is an end too.
+            Some(session) => drop((&mut session.end).await),
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Gives each ring to the lane that its number falls to.
+struct LaneRings {
+    lanes: Vec<Mailbox>,
+}
+
+impl LaneRings {
+    fn lane(&self, index: usize) -> Option<&Mailbox> {
+        self.lanes.get(index % self.lanes.len().max(1))
+    }
+}
+
+impl Rings for LaneRings {
+    fn start(&self, index: usize, queue: Queue) {
+        let queue = Box::new(queue);
+        let lane = self.lane(index);
+        lane.and_then(|lane| lane.ask(|done| LaneMessage::Start { index, queue, done }));
+    }
+
+    fn update(&self, index: usize, update: QueueUpdate) {
+        let lane = self.lane(index);
+        lane.and_then(|lane| lane.ask(|done| LaneMessage::Update { index, update, done }));
+    }
+
+    fn stop(&self, index: usize) -> Option<Queue> {
+        let lane = self.lane(index)?;
+        let queue = lane.ask(|done| LaneMessage::Stop { index, done }).flatten()?;
+        Some(*queue)
+    }
+}

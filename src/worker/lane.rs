@@ -1,0 +1,418 @@
+//! A device lane: rings of one disk on one side, host queue pairs on the other, one per path.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use nvmf::spec::Status;
+use nvmf::transport::{Counters, HostQueuePair, Lane, Ready, Rejected, RejectedReason, Turn};
+use tokio::sync::{mpsc, oneshot};
+use vhost_user_blk::{BlkStatus, Operation, Queue, Request, Token};
+
+use super::mailbox::LaneMessage;
+use crate::bridge::inflight::{Finished, Inflight};
+use crate::bridge::status::FailureLog;
+use crate::bridge::transfer::Storage;
+use crate::bridge::translate::Limits;
+use crate::metrics::LaneCounters;
+
+/// Requests taken from one ring in one turn, before other rings and lanes get theirs.
+const TAKE_MAX: usize = 128;
+
+/// A guest's request in flight.
+#[derive(Debug)]
+struct Guest {
+    /// Number of its ring in the device.
+    ring: usize,
+    token: Token,
+    /// Bytes that it moves.
+    bytes: u64,
+}
+
+/// A ring that runs here.
+#[derive(Debug)]
+struct Ring {
+    index: usize,
+    queue: Box<Queue>,
+    /// There may be requests to take.
+    scan: bool,
+    /// It was scanned to its end and the driver was not asked to kick since.
+    dry: bool,
+    /// It is to be given back when it has nothing in flight.
+    stopping: Option<oneshot::Sender<Option<Box<Queue>>>>,
+    /// Acknowledged after the next scan.
+    started: Option<oneshot::Sender<()>>,
+}
+
+/// See the module.
+pub(crate) struct DeviceLane {
+    name: String,
+    limits: Limits,
+    /// One queue pair for each way to the controller that is alive.
+    paths: Vec<Box<dyn HostQueuePair>>,
+    /// What queue pairs counted that are gone.
+    past: Counters,
+    rings: Vec<Ring>,
+    inflight: Inflight<Guest>,
+    storage: Storage,
+    failures: FailureLog,
+    mail: mpsc::Receiver<LaneMessage>,
+    generation: u64,
+    ended: bool,
+    counters: Arc<LaneCounters>,
+}
+
+/// What a lane is made from.
+pub(crate) struct LaneSetup {
+    /// The disk, for the log.
+    pub(crate) name: String,
+    /// The namespace and what its controller takes.
+    pub(crate) limits: Limits,
+    /// A connected I/O queue pair for each path.
+    pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
+    /// The lane's end of its mailbox.
+    pub(crate) mail: mpsc::Receiver<LaneMessage>,
+    /// Where it counts.
+    pub(crate) counters: Arc<LaneCounters>,
+    /// Guest requests that may be in flight at once.
+    pub(crate) slots: usize,
+}
+
+impl DeviceLane {
+    /// A lane without rings.
+    pub(crate) fn new(setup: LaneSetup) -> Self {
+        let LaneSetup { name, limits, pairs, mail, counters, slots } = setup;
+        Self {
+            name,
+            limits,
+            paths: pairs,
+            past: Counters::default(),
+            rings: Vec::new(),
+            inflight: Inflight::new(slots),
+            storage: Storage::new(slots),
+            failures: FailureLog::default(),
+            mail,
+            generation: 0,
+            ended: false,
+            counters,
+        }
+    }
+
+    fn receive(&mut self, message: LaneMessage) {
+        match message {
+            LaneMessage::Start { index, queue, done } => {
+                self.rings.retain(|ring| ring.index != index);
+                self.rings.push(Ring {
+                    index,
+                    queue,
+                    scan: true,
+                    dry: false,
+                    stopping: None,
+                    started: Some(done),
+                });
+                self.generation += 1;
+            }
+            LaneMessage::Update { index, update, done } => {
+                if let Some(ring) = self.rings.iter_mut().find(|ring| ring.index == index) {
+                    ring.queue.apply(update);
+                    ring.scan = true;
+                    // The kick may be another descriptor now.
+                    self.generation += 1;
+                }
+                // The session may have gone away meanwhile.
+                let _ = done.send(());
+            }
+            LaneMessage::Stop { index, done } => {
+                match self.rings.iter_mut().find(|ring| ring.index == index) {
+                    Some(ring) => ring.stopping = Some(done),
+                    None => drop(done.send(None)),
+                }
+            }
+            LaneMessage::PathLost => {
+                for pair in &mut self.paths {
+                    pair.end();
+                }
+            }
+            LaneMessage::End { done } => {
+                self.end();
+                let _ = done.send(());
+            }
+        }
+    }
+
+    /// Drops everything: queue pairs first, so that nothing refers to guest memory any more.
+    fn end(&mut self) {
+        self.publish_counters();
+        self.paths.clear();
+        self.inflight = Inflight::new(1);
+        self.rings.clear();
+        self.generation += 1;
+        self.ended = true;
+    }
+
+    /// Sends and receives on every path. True when one has more to do at once.
+    fn progress(&mut self, ready: &mut [Ready]) -> bool {
+        let mut more = false;
+        for (pair, ready) in self.paths.iter_mut().zip(ready) {
+            more |= pair.progress(ready);
+            while let Some(completion) = pair.completion() {
+                self.inflight.settle(completion, &mut self.storage);
+            }
+        }
+        more
+    }
+
+    /// Sends what this turn brought about.
+    fn flush_paths(&mut self, ready: &mut [Ready]) {
+        for (pair, ready) in self.paths.iter_mut().zip(ready) {
+            pair.flush(ready);
+        }
+    }
+
+    /// Takes out paths that have ended, once what they had is completed. True when there was one:
+    /// requests that wait have to go elsewhere.
+    fn drop_lost_paths(&mut self) -> bool {
+        let before = self.paths.len();
+        for index in (0..before).rev() {
+            let Some(ending) = self.paths[index].ending() else { continue };
+            tracing::error!(disk = self.name, "path lost: {ending}; requests in flight on it fail");
+            while let Some(completion) = self.paths[index].completion() {
+                self.inflight.settle(completion, &mut self.storage);
+            }
+            let pair = self.paths.remove(index);
+            self.past = sum(self.past, pair.counters());
+            self.generation += 1;
+        }
+        self.paths.len() < before
+    }
+
+    /// Submits commands that wait, as many as there is room for.
+    fn issue(&mut self) {
+        let Self { inflight, paths, storage, limits, counters, .. } = self;
+        let rejected = inflight.issue(limits, storage, |sqe, transfer, token| {
+            let alive = paths.iter_mut().find(|pair| pair.ending().is_none());
+            let Some(pair) = alive else {
+                return Err(Rejected { transfer, reason: RejectedReason::Ended });
+            };
+            counters.commands.add(1);
+            pair.submit(sqe, transfer, token).map(drop)
+        });
+        match rejected {
+            None | Some(RejectedReason::Full) => {}
+            Some(RejectedReason::Ended) => inflight.give_up_waiting(Status::HOST_PATH_ERROR),
+            Some(RejectedReason::TooLong) => inflight.give_up_waiting(Status::INTERNAL_ERROR),
+        }
+    }
+
+    /// Takes requests from the rings that may have some. True when one has more for the next turn.
+    fn take_requests(&mut self) -> bool {
+        let mut more = false;
+        for at in 0..self.rings.len() {
+            if self.rings[at].scan && self.rings[at].stopping.is_none() {
+                more |= self.take_from(at);
+            }
+        }
+        more
+    }
+
+    fn take_from(&mut self, at: usize) -> bool {
+        for _ in 0..TAKE_MAX {
+            if self.inflight.room() == 0 || self.inflight.is_waiting() {
+                // Completions make room, and then the scan goes on.
+                return false;
+            }
+            let Self { rings, storage, .. } = self;
+            let ring = &mut rings[at];
+            match ring.queue.take(&mut || storage.list()) {
+                Ok(Some(request)) => {
+                    let index = ring.index;
+                    self.begin(index, request);
+                }
+                Ok(None) => {
+                    ring.scan = false;
+                    ring.dry = true;
+                    return false;
+                }
+                // Logged and signalled by the queue; what is in flight is still finished.
+                Err(_) => {
+                    ring.scan = false;
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn begin(&mut self, ring: usize, request: Request) {
+        let Request { token, operation } = request;
+        let bytes = match &operation {
+            Operation::Read { sink, .. } => sink.len() as u64,
+            Operation::Write { source, .. } => source.len() as u64,
+            Operation::Flush | Operation::Discard(_) | Operation::WriteZeroes { .. } => 0,
+        };
+        let guest = Guest { ring, token, bytes };
+        match self.inflight.open(guest, operation, &self.limits) {
+            Ok(()) => self.issue(),
+            // There was room before the request was taken.
+            Err((guest, operation)) => {
+                self.storage.keep(operation);
+                self.answer(guest, BlkStatus::IoError);
+            }
+        }
+    }
+
+    /// Answers every request that is over.
+    fn finish(&mut self) {
+        while let Some(Finished { guest, operation, outcome }) = self.inflight.take_done() {
+            let counters = &self.counters;
+            counters.requests.add(1);
+            let status = outcome.blk_status();
+            let ok = matches!(status, BlkStatus::Ok);
+            let moved = if ok { guest.bytes } else { 0 };
+            match &operation {
+                Operation::Read { .. } => {
+                    counters.reads.add(1);
+                    counters.read_bytes.add(moved);
+                }
+                Operation::Write { .. } => {
+                    counters.writes.add(1);
+                    counters.written_bytes.add(moved);
+                }
+                Operation::Flush => counters.flushes.add(1),
+                Operation::Discard(_) => counters.discards.add(1),
+                Operation::WriteZeroes { .. } => counters.write_zeroes.add(1),
+            }
+            if !ok {
+                counters.errors.add(1);
+                self.failures.note(&self.name, outcome);
+            }
+            self.storage.keep(operation);
+            self.answer(guest, status);
+        }
+    }
+
+    fn answer(&mut self, guest: Guest, status: BlkStatus) {
+        let Guest { ring, token, .. } = guest;
+        if let Some(ring) = self.rings.iter_mut().find(|candidate| candidate.index == ring) {
+            ring.queue.finish(token, status);
+        }
+    }
+
+    /// Shows every guest what was answered, and gives back the rings that are done.
+    fn flush_rings(&mut self) {
+        let mut left = false;
+        for ring in &mut self.rings {
+            self.counters.interrupts.add(u64::from(ring.queue.flush()));
+            if let Some(done) = ring.started.take() {
+                let _ = done.send(());
+            }
+            left |= ring.stopping.is_some() && ring.queue.in_flight() == 0;
+        }
+        if left {
+            self.give_back();
+        }
+    }
+
+    fn give_back(&mut self) {
+        for at in (0..self.rings.len()).rev() {
+            let ring = &self.rings[at];
+            if ring.stopping.is_some() && ring.queue.in_flight() == 0 {
+                let ring = self.rings.swap_remove(at);
+                self.generation += 1;
+                if let Some(done) = ring.stopping {
+                    let _ = done.send(Some(ring.queue));
+                }
+            }
+        }
+    }
+
+    /// Asks for kicks where everything was taken. True when requests arrived meanwhile.
+    fn rearm(&mut self) -> bool {
+        let mut again = false;
+        for ring in &mut self.rings {
+            if std::mem::take(&mut ring.dry) && ring.stopping.is_none() && ring.queue.rearm() {
+                ring.scan = true;
+                again = true;
+            }
+        }
+        again
+    }
+
+    fn publish_counters(&self) {
+        let total = self.paths.iter().fold(self.past, |total, pair| sum(total, pair.counters()));
+        self.counters.copied_bytes.set(total.copied_bytes);
+        self.counters.sends.set(total.sends);
+        self.counters.receives.set(total.receives);
+    }
+
+    /// Rings whose kicks are watched, in the order of the descriptors.
+    fn kicked_rings(&mut self) -> impl Iterator<Item = &mut Ring> {
+        self.rings.iter_mut().filter(|ring| ring.queue.kick_fd().is_some())
+    }
+}
+
+fn sum(a: Counters, b: Counters) -> Counters {
+    Counters {
+        copied_bytes: a.copied_bytes + b.copied_bytes,
+        sends: a.sends + b.sends,
+        receives: a.receives + b.receives,
+    }
+}
+
+impl Lane for DeviceLane {
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn descriptors<'a>(&'a self, out: &mut Vec<BorrowedFd<'a>>) {
+        out.extend(self.paths.iter().map(|pair| pair.interest().fd));
+        out.extend(self.rings.iter().filter_map(|ring| ring.queue.kick_fd()));
+    }
+
+    fn wants_write(&self, index: usize) -> bool {
+        self.paths.get(index).is_some_and(|pair| pair.interest().writable)
+    }
+
+    fn poll_mailbox(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut news = false;
+        loop {
+            match self.mail.poll_recv(cx) {
+                Poll::Ready(Some(message)) => {
+                    self.receive(message);
+                    news = true;
+                }
+                Poll::Ready(None) => {
+                    // Nobody can reach the lane any more.
+                    if !self.ended {
+                        self.end();
+                    }
+                    return true;
+                }
+                Poll::Pending => return news,
+            }
+        }
+    }
+
+    fn turn(&mut self, ready: &mut [Ready]) -> Turn {
+        if self.ended {
+            return Turn::Ended;
+        }
+        self.counters.turns.add(1);
+        let paths = self.paths.len();
+        let (path_ready, kicks) = ready.split_at_mut(paths.min(ready.len()));
+        for (ring, kick) in self.kicked_rings().zip(kicks) {
+            ring.scan |= std::mem::take(&mut kick.readable);
+        }
+        // Completions before new work: they make room for it.
+        let mut again = self.progress(path_ready);
+        self.issue();
+        again |= self.take_requests();
+        self.flush_paths(path_ready);
+        again |= self.drop_lost_paths();
+        self.finish();
+        self.flush_rings();
+        again |= self.rearm();
+        self.publish_counters();
+        if again { Turn::Again } else { Turn::Idle }
+    }
+}
