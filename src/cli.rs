@@ -45,10 +45,10 @@ struct CommandLine {
     /// Print what this vhost-user back-end can do, as JSON, and exit; other options are ignored
     #[arg(long)]
     print_capabilities: bool,
-    #[command(flatten)]
-    log: LogArgs,
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    log: LogArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -60,6 +60,7 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Logging")]
 struct LogArgs {
     /// Log more; twice logs everything
     #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "log_level")]
@@ -215,6 +216,11 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
                 Ok(Invocation::Print(error.render().to_string()))
             }
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Err(UsageError(
+                "there is no command; write 'vhost-nvmf attach …' or 'vhost-nvmf export …'; \
+                 see 'vhost-nvmf --help'"
+                    .to_owned(),
+            )),
             _ => Err(UsageError(one_line(&error, subcommand))),
         },
     }

@@ -15,10 +15,9 @@ pub(crate) struct LogOptions {
 /// How a line of the log looks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub(crate) enum LogFormat {
-    /// For people.
+    // No documentation comments here: they would make the help of every command three pages long.
     #[default]
     Text,
-    /// One JSON object a line.
     Json,
 }
 

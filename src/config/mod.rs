@@ -75,12 +75,12 @@ pub(crate) struct NamespaceConfig {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
     /// The file of a namespace is not there, or not for us.
-    #[error("cannot use '{}'; check the path and its permissions", .path.display())]
+    #[error("cannot use '{}': {error}; check the path and its permissions", .path.display())]
     Unusable {
         /// Its path as written.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        error: io::Error,
     },
     /// The path names something that holds no blocks.
     #[error("'{}' is {kind}; give a regular file or a block device", .path.display())]
@@ -228,7 +228,7 @@ fn check_file(path: PathBuf, block_size: u32) -> Result<PathBuf, ConfigError> {
     };
     let (canonical, metadata) = match look(&path) {
         Ok(found) => found,
-        Err(source) => return Err(ConfigError::Unusable { path, source }),
+        Err(error) => return Err(ConfigError::Unusable { path, error }),
     };
     let kind = metadata.file_type();
     if kind.is_block_device() {
