@@ -6,6 +6,7 @@
     reason = "the daemon that uses the rest is not wired yet"
 )]
 
+mod bridge;
 mod cli;
 mod config;
 mod hints;
