@@ -1,0 +1,19 @@
+//! Where virtio meets NVMe: a guest's requests become commands, and their results its answers.
+//!
+//! Nothing here has a descriptor, a thread, a clock or `unsafe`: a lane feeds it requests and
+//! completions, and takes commands and answers.
+//!
+//! - [`geometry`]: what the guest is told about the disk.
+//! - [`translate`]: a request → the commands that carry it out, one after the other.
+//! - [`transfer`]: the memory of a command, lent by the request and given back.
+//! - [`inflight`]: requests whose commands are outstanding.
+//! - [`status`]: what a command's status means to the guest and to the log.
+
+pub(crate) mod geometry;
+pub(crate) mod inflight;
+pub(crate) mod status;
+pub(crate) mod transfer;
+pub(crate) mod translate;
+
+#[cfg(test)]
+mod samples;

@@ -1,0 +1,271 @@
+//! The command line: its spelling, its help, and its errors as one line.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::error::ErrorKind;
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, value_parser};
+use nvmf::spec::Nqn;
+use tracing::level_filters::LevelFilter;
+use uuid::Uuid;
+
+use crate::config::ids::parse_uuid;
+use crate::config::{Serial, Spec, Uri};
+use crate::limits;
+use crate::logging::{LogFormat, LogOptions};
+
+/// What the vhost-user specification's back-end program conventions call the capabilities of a
+/// block back-end.
+const CAPABILITIES: &str = r#"{"type":"block","features":["read-only"]}"#;
+const PRINT_CAPABILITIES: &str = "--print-capabilities";
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(crate) enum Invocation {
+    /// Print this on standard output, and nothing else.
+    Print(String),
+    /// Serve a remote namespace as a disk.
+    Attach(LogOptions, Box<AttachArgs>),
+    /// Export storage to other hosts.
+    Export(LogOptions, ExportArgs),
+}
+
+/// A command line that asks for nothing; one line that says what to write.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct UsageError(String);
+
+/// Remote NVMe namespaces as disks of virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-nvmf", version, after_help = EXAMPLES)]
+struct CommandLine {
+    /// Print what this vhost-user back-end can do, as JSON, and exit; other options are ignored
+    #[arg(long)]
+    print_capabilities: bool,
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve a namespace of a remote controller as a vhost-user-blk disk
+    Attach(Box<AttachArgs>),
+    /// Export files, block devices and memory as namespaces over NVMe/TCP
+    Export(ExportArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Logging")]
+struct LogArgs {
+    /// Log more; twice logs everything
+    #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "log_level")]
+    verbose: u8,
+    /// Log this and what is worse
+    #[arg(long, global = true, value_name = "LEVEL", value_enum, default_value_t)]
+    log_level: LogLevel,
+    /// Log lines for people, or JSON objects
+    #[arg(
+        long,
+        global = true,
+        value_name = "FORMAT",
+        value_enum,
+        default_value_t
+    )]
+    log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+enum LogLevel {
+    Off,
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+/// Options of `attach`.
+#[derive(Debug, Args)]
+#[command(after_help = ATTACH_EXAMPLES)]
+pub(crate) struct AttachArgs {
+    /// Unix socket for the VMM to connect to
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket_path: PathBuf,
+    /// Queues on offer to the guest: at least its vCPUs
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = limits::DEFAULT_NUM_QUEUES,
+        value_parser = value_parser!(u16).range(limits::NUM_QUEUES)
+    )]
+    pub(crate) num_queues: u16,
+    /// Serial that the guest reads, at most 20 characters [default: from the namespace]
+    #[arg(long, value_name = "S")]
+    pub(crate) serial: Option<Serial>,
+    /// Offer a read-only disk
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Host NQN to connect with [default: /etc/nvme/hostnqn, else from /etc/machine-id]
+    #[arg(long, value_name = "NQN")]
+    pub(crate) hostnqn: Option<Nqn>,
+    /// Host identifier to connect with [default: /etc/nvme/hostid, else from /etc/machine-id]
+    #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
+    pub(crate) hostid: Option<Uuid>,
+    /// I/O queue pairs to the controller [default: as many as CPUs]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(limits::NR_IO_QUEUES))]
+    pub(crate) nr_io_queues: Option<u16>,
+    /// Entries of each I/O submission queue
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = limits::DEFAULT_QUEUE_SIZE,
+        value_parser = value_parser!(u16).range(limits::QUEUE_SIZE)
+    )]
+    pub(crate) queue_size: u16,
+    /// Keep-alive timeout in seconds; 0 turns keep-alive off
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = limits::DEFAULT_KEEP_ALIVE_SECONDS,
+        value_parser = value_parser!(u16).range(limits::KEEP_ALIVE_SECONDS)
+    )]
+    pub(crate) keep_alive_tmo: u16,
+    /// nvme+tcp://HOST[:4420]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]
+    #[arg(value_name = "URI")]
+    pub(crate) uri: Uri,
+}
+
+/// Options of `export`.
+#[derive(Debug, Args)]
+#[command(after_help = EXPORT_EXAMPLES)]
+pub(crate) struct ExportArgs {
+    /// Address to listen on; may be given several times
+    #[arg(
+        long,
+        value_name = "ADDR:PORT",
+        default_value = "127.0.0.1:4420",
+        value_parser = parse_listen
+    )]
+    pub(crate) listen: Vec<SocketAddr>,
+    /// NQN of the subsystem [default: from the machine's name]
+    #[arg(long, value_name = "NQN")]
+    pub(crate) subnqn: Option<Nqn>,
+    /// Host that may connect; may be given several times [default: any]
+    #[arg(long, value_name = "NQN")]
+    pub(crate) allow_host: Vec<Nqn>,
+    /// PATH, file:PATH[,ro] or ram:SIZE, each with [,block-size=512|4096][,uuid=U]
+    #[arg(
+        value_name = "SPEC",
+        required = true,
+        value_parser = OsStringValueParser::new().try_map(|text| Spec::parse(&text))
+    )]
+    pub(crate) specs: Vec<Spec>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vhost-nvmf export --subnqn nqn.2026-01.org.example:disks disk.img
+  vhost-nvmf attach --socket-path /run/disk.sock \\
+      nvme+tcp://127.0.0.1/nqn.2026-01.org.example:disks";
+
+const ATTACH_EXAMPLES: &str = "\
+Examples:
+  The only namespace of a subsystem:
+    vhost-nvmf attach --socket-path /run/disk.sock \\
+        nvme+tcp://storage.example/nqn.2026-01.org.example:disks
+  One of several, on another port of an IPv6 address, read-only:
+    vhost-nvmf attach --socket-path /run/disk.sock --read-only \\
+        'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'";
+
+const EXPORT_EXAMPLES: &str = "\
+Examples:
+  An image to this machine alone:
+    vhost-nvmf export disk.img
+  A block device and 1 GiB of memory with 4096-byte blocks, to one host of the network:
+    vhost-nvmf export --listen 0.0.0.0:4420 --listen '[::]:4420' \\
+        --allow-host nqn.2026-01.org.example:host1 \\
+        file:/dev/vg0/disk1 ram:1G,block-size=4096
+  An image whose name has a comma, read-only:
+    vhost-nvmf export 'file:/images/a,,b.img,ro'";
+
+/// Reads the command line, program name first.
+///
+/// # Errors
+/// [`UsageError`] for everything that is not a valid request.
+pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, UsageError> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if args.iter().skip(1).any(|arg| arg == PRINT_CAPABILITIES) {
+        return Ok(Invocation::Print(format!("{CAPABILITIES}\n")));
+    }
+    let subcommand = args
+        .iter()
+        .skip(1)
+        .find_map(|arg| ["attach", "export"].into_iter().find(|name| arg == name));
+    match CommandLine::try_parse_from(args) {
+        Ok(CommandLine { log, command, .. }) => Ok(match command {
+            Command::Attach(args) => Invocation::Attach(log.options(), args),
+            Command::Export(args) => Invocation::Export(log.options(), args),
+        }),
+        Err(error) => match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+                Ok(Invocation::Print(error.render().to_string()))
+            }
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Err(UsageError(
+                "there is no command; write 'vhost-nvmf attach …' or 'vhost-nvmf export …'; \
+                 see 'vhost-nvmf --help'"
+                    .to_owned(),
+            )),
+            _ => Err(UsageError(one_line(&error, subcommand))),
+        },
+    }
+}
+
+/// The message of a [`clap::Error`], which has several lines, as one.
+fn one_line(error: &clap::Error, subcommand: Option<&str>) -> String {
+    let text = error.render().to_string();
+    let mut message = String::new();
+    let lines = text.lines().map(str::trim);
+    for line in lines.take_while(|line| !line.starts_with("Usage:")) {
+        let line = line.strip_prefix("error: ").unwrap_or(line);
+        if line.is_empty() || line.starts_with("For more information") {
+            continue;
+        }
+        if !message.is_empty() {
+            message.push_str(if line.starts_with("tip:") { "; " } else { " " });
+        }
+        message.push_str(line);
+    }
+    let space = if subcommand.is_some() { " " } else { "" };
+    let subcommand = subcommand.unwrap_or_default();
+    // Writing to a string cannot fail.
+    let _ = write!(message, "; see 'vhost-nvmf{space}{subcommand} --help'");
+    message
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse()
+        .map_err(|_| "write ADDR:PORT, as in 127.0.0.1:4420 or [::1]:4420")
+}
+
+impl LogArgs {
+    fn options(&self) -> LogOptions {
+        let level = match (self.verbose, self.log_level) {
+            (0, LogLevel::Off) => LevelFilter::OFF,
+            (0, LogLevel::Error) => LevelFilter::ERROR,
+            (0, LogLevel::Warn) => LevelFilter::WARN,
+            (0, LogLevel::Info) => LevelFilter::INFO,
+            (1, _) | (0, LogLevel::Debug) => LevelFilter::DEBUG,
+            (2.., _) | (0, LogLevel::Trace) => LevelFilter::TRACE,
+        };
+        LogOptions {
+            level,
+            format: self.log_format,
+        }
+    }
+}

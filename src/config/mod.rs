@@ -1,0 +1,256 @@
+//! What the daemon is to do, checked: a value of these types can be acted on as it is.
+
+pub(crate) mod identity;
+pub(crate) mod ids;
+pub(crate) mod size;
+pub(crate) mod spec;
+pub(crate) mod uri;
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nvmf::spec::Nqn;
+use uuid::Uuid;
+
+use crate::cli::{AttachArgs, ExportArgs};
+use crate::limits::{MAX_NAMESPACES, MAX_NR_IO_QUEUES};
+pub(crate) use identity::{HostIdentity, Machine};
+pub(crate) use ids::Serial;
+pub(crate) use spec::{BlockSize, Spec, Storage};
+pub(crate) use uri::{Selector, TransportAddress, Uri};
+
+/// One remote namespace to serve as a disk.
+#[derive(Debug, Clone)]
+pub(crate) struct AttachConfig {
+    /// Where the VMM connects.
+    pub(crate) socket_path: PathBuf,
+    /// Queues on offer to the guest.
+    pub(crate) num_queues: u16,
+    /// Serial, when it is not to follow from the namespace.
+    pub(crate) serial: Option<Serial>,
+    /// The guest may not write.
+    pub(crate) read_only: bool,
+    /// Who connects.
+    pub(crate) host: HostIdentity,
+    /// I/O queue pairs to ask the controller for.
+    pub(crate) nr_io_queues: u16,
+    /// Entries of each I/O submission queue.
+    pub(crate) queue_size: u16,
+    /// Keep-alive timeout; `None` turns it off.
+    pub(crate) keep_alive: Option<Duration>,
+    /// The namespace.
+    pub(crate) target: Uri,
+}
+
+/// A subsystem to export.
+#[derive(Debug, Clone)]
+pub(crate) struct ExportConfig {
+    /// Where to listen, at least one address; port 0 lets the system choose.
+    pub(crate) listen: Vec<SocketAddr>,
+    /// Name of the subsystem.
+    pub(crate) subnqn: Nqn,
+    /// Hosts that may connect; `None` lets any.
+    pub(crate) allowed_hosts: Option<Vec<Nqn>>,
+    /// Its namespaces, at least one, by ascending identifier from 1.
+    pub(crate) namespaces: Vec<NamespaceConfig>,
+}
+
+/// A namespace to export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NamespaceConfig {
+    /// Namespace identifier.
+    pub(crate) nsid: u32,
+    /// Where the blocks are; a file's path is absolute and without symbolic links.
+    pub(crate) storage: Storage,
+    /// Logical block size.
+    pub(crate) block_size: BlockSize,
+    /// Identifier that stays the same for the same file on the same machine.
+    pub(crate) uuid: Uuid,
+}
+
+/// What is wrong between options that are each well formed, or with what they name.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The file of a namespace is not there, or not for us.
+    #[error("cannot use '{}': {error}; check the path and its permissions", .path.display())]
+    Unusable {
+        /// Its path as written.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// The path names something that holds no blocks.
+    #[error("'{}' is {kind}; give a regular file or a block device", .path.display())]
+    NotStorage {
+        /// Its path.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// A file that is not a whole number of blocks.
+    #[error(
+        "'{}' has {size} bytes, not a multiple of the block size {block_size} and at least one; \
+         enlarge it with `truncate -s %{block_size}`, or choose another block-size=",
+        .path.display()
+    )]
+    NotBlocks {
+        /// Its path.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The block size in bytes.
+        block_size: u32,
+    },
+    /// Two namespaces with one UUID.
+    #[error(
+        "{first} and {second} have the same UUID {uuid}; export each storage once, and give each \
+         namespace a uuid= of its own"
+    )]
+    SameUuid {
+        /// One of them.
+        first: String,
+        /// The other.
+        second: String,
+        /// Their UUID.
+        uuid: Uuid,
+    },
+    /// An address twice.
+    #[error("--listen {0} is given twice; keep one")]
+    SameAddress(SocketAddr),
+    /// Too many namespaces.
+    #[error("{0} namespaces are too many for one subsystem; export at most {MAX_NAMESPACES}")]
+    TooManyNamespaces(usize),
+}
+
+impl AttachConfig {
+    /// Fills in what the command line left open.
+    pub(crate) fn resolve(args: AttachArgs, machine: &Machine) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let cpus = u16::try_from(cpus).unwrap_or(MAX_NR_IO_QUEUES);
+        Self {
+            socket_path: args.socket_path,
+            num_queues: args.num_queues,
+            serial: args.serial,
+            read_only: args.read_only,
+            host: HostIdentity::resolve(args.hostnqn, args.hostid, machine),
+            nr_io_queues: args.nr_io_queues.unwrap_or(cpus).min(MAX_NR_IO_QUEUES),
+            queue_size: args.queue_size,
+            keep_alive: (args.keep_alive_tmo != 0)
+                .then(|| Duration::from_secs(args.keep_alive_tmo.into())),
+            target: args.uri,
+        }
+    }
+}
+
+impl ExportConfig {
+    /// Fills in what the command line left open, and looks at the files that it names.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names what cannot be exported as asked.
+    pub(crate) fn resolve(args: ExportArgs, machine: &Machine) -> Result<Self, ConfigError> {
+        for (index, address) in args.listen.iter().enumerate() {
+            if address.port() != 0 && args.listen[..index].contains(address) {
+                return Err(ConfigError::SameAddress(*address));
+            }
+        }
+        if args.specs.len() > MAX_NAMESPACES {
+            return Err(ConfigError::TooManyNamespaces(args.specs.len()));
+        }
+        let mut namespaces: Vec<NamespaceConfig> = Vec::with_capacity(args.specs.len());
+        for (nsid, spec) in (1..).zip(args.specs) {
+            let namespace = NamespaceConfig::resolve(nsid, spec, machine)?;
+            if let Some(other) = namespaces.iter().find(|n| n.uuid == namespace.uuid) {
+                return Err(ConfigError::SameUuid {
+                    first: other.to_string(),
+                    second: namespace.to_string(),
+                    uuid: namespace.uuid,
+                });
+            }
+            namespaces.push(namespace);
+        }
+        Ok(Self {
+            listen: args.listen,
+            subnqn: args.subnqn.unwrap_or_else(|| machine.default_subnqn()),
+            allowed_hosts: (!args.allow_host.is_empty()).then_some(args.allow_host),
+            namespaces,
+        })
+    }
+}
+
+impl NamespaceConfig {
+    fn resolve(nsid: u32, spec: Spec, machine: &Machine) -> Result<Self, ConfigError> {
+        let (storage, stable) = match spec.storage {
+            Storage::File { path, read_only } => {
+                let path = check_file(path, spec.block_size.bytes())?;
+                let purpose = [b"namespace\0", path.as_os_str().as_bytes()].concat();
+                let stable = machine.derive(&purpose);
+                if spec.uuid.or(stable).is_none() {
+                    tracing::warn!(
+                        "this machine has no /etc/machine-id, so the namespace of {} gets a new UUID \
+                         at every start; give it a uuid= to keep one",
+                        path.display()
+                    );
+                }
+                (Storage::File { path, read_only }, stable)
+            }
+            ram @ Storage::Ram { .. } => (ram, None),
+        };
+        Ok(Self {
+            nsid,
+            storage,
+            block_size: spec.block_size,
+            uuid: spec.uuid.or(stable).unwrap_or_else(Uuid::new_v4),
+        })
+    }
+}
+
+impl std::fmt::Display for NamespaceConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.storage {
+            Storage::File { path, .. } => write!(f, "'{}'", path.display()),
+            Storage::Ram { size } => write!(f, "ram:{size}"),
+        }
+    }
+}
+
+/// The path without symbolic links, once it is known to hold a whole number of blocks. The size of a
+/// block device is for whoever opens it to check.
+fn check_file(path: PathBuf, block_size: u32) -> Result<PathBuf, ConfigError> {
+    use std::os::unix::fs::FileTypeExt;
+
+    let look = |path: &Path| {
+        let canonical = path.canonicalize()?;
+        let metadata = canonical.metadata()?;
+        Ok((canonical, metadata))
+    };
+    let (canonical, metadata) = match look(&path) {
+        Ok(found) => found,
+        Err(error) => return Err(ConfigError::Unusable { path, error }),
+    };
+    let kind = metadata.file_type();
+    if kind.is_block_device() {
+        return Ok(canonical);
+    }
+    if !kind.is_file() {
+        let kind = match kind {
+            kind if kind.is_dir() => "a directory",
+            kind if kind.is_char_device() => "a character device",
+            kind if kind.is_socket() => "a socket",
+            kind if kind.is_fifo() => "a pipe",
+            _ => "neither a file nor a block device",
+        };
+        return Err(ConfigError::NotStorage { path, kind });
+    }
+    let size = metadata.len();
+    if size == 0 || !size.is_multiple_of(block_size.into()) {
+        return Err(ConfigError::NotBlocks {
+            path,
+            size,
+            block_size,
+        });
+    }
+    Ok(canonical)
+}

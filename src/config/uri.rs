@@ -1,0 +1,453 @@
+//! URI of a remote namespace: `nvme+tcp://HOST[:PORT]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]`.
+
+use std::fmt;
+use std::net::{Ipv6Addr, SocketAddr};
+use std::str::FromStr;
+
+use nvmf::spec::nqn::NqnError;
+use nvmf::spec::{NSID_ALL, Nqn};
+use uuid::Uuid;
+
+use super::ids::{IdError, parse_nguid, parse_uuid};
+
+/// The port that IANA gave NVMe over Fabrics I/O.
+const DEFAULT_PORT: u16 = 4420;
+const SCHEME: &str = "nvme+tcp";
+
+/// A remote namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Uri {
+    /// Where its controller listens.
+    pub(crate) address: TransportAddress,
+    /// The subsystem.
+    pub(crate) subnqn: Nqn,
+    /// Which of its namespaces.
+    pub(crate) selector: Selector,
+}
+
+/// Host and port, not yet resolved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TransportAddress {
+    host: String,
+    port: u16,
+}
+
+/// Which namespace of a subsystem is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Selector {
+    /// The only one that there is.
+    Only,
+    /// By identifier.
+    Nsid(u32),
+    /// By UUID.
+    Uuid(Uuid),
+    /// By NGUID.
+    Nguid([u8; 16]),
+}
+
+/// Why a string is not the URI of a namespace.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum UriError {
+    /// Not this scheme.
+    #[error("a URI begins with {SCHEME}://, as in {SCHEME}://HOST:4420/SUBNQN")]
+    Scheme,
+    /// No host.
+    #[error("there is no host; write {SCHEME}://HOST:4420/SUBNQN")]
+    NoHost,
+    /// Not a name or an address.
+    #[error("'{0}' is not a host name or an address; write an IPv6 address in brackets")]
+    Host(String),
+    /// Not a port.
+    #[error("'{0}' is not a port; write a number from 1 to 65535, or leave it out for 4420")]
+    Port(String),
+    /// No subsystem.
+    #[error("there is no subsystem; write its NQN after the host: {SCHEME}://HOST:4420/SUBNQN")]
+    NoSubsystem,
+    /// Bad subsystem name.
+    #[error("subsystem '{nqn}': {error}")]
+    Subsystem {
+        /// As written.
+        nqn: String,
+        /// What is wrong with it.
+        error: NqnError,
+    },
+    /// A discovery subsystem.
+    #[error("a discovery subsystem has no namespaces; write the NQN of one that it lists")]
+    Discovery,
+    /// Bad percent-encoding.
+    #[error("'{0}' is not percent-encoded UTF-8; write % itself as %25")]
+    Encoding(String),
+    /// A fragment.
+    #[error("'#' begins nothing here; write # in a name as %23")]
+    Fragment,
+    /// A key that does not exist.
+    #[error("'{0}' does not select a namespace; write ?nsid=N, ?uuid=U or ?nguid=G")]
+    Key(String),
+    /// Two selectors.
+    #[error("one namespace is selected once; keep one of nsid=, uuid= and nguid=")]
+    TwoSelectors,
+    /// Bad namespace identifier.
+    #[error("nsid={0}: write a number from 1 to 4294967294")]
+    Nsid(String),
+    /// Bad UUID or NGUID.
+    #[error("{key}={value}: {error}")]
+    Id {
+        /// Which of the two.
+        key: &'static str,
+        /// As written.
+        value: String,
+        /// What is wrong with it.
+        error: IdError,
+    },
+}
+
+impl TransportAddress {
+    /// Host and port, as resolvers take them; an IPv6 address is without its brackets.
+    pub(crate) fn lookup(&self) -> (&str, u16) {
+        (&self.host, self.port)
+    }
+
+    /// How others reach a listener: where it listens on every address, this machine's name is shown,
+    /// or the loopback address when there is none.
+    pub(crate) fn of_listener(local: SocketAddr, hostname: Option<&str>) -> Self {
+        let host = match hostname.filter(|name| is_name(name)) {
+            _ if !local.ip().is_unspecified() => match local {
+                SocketAddr::V6(v6) if v6.scope_id() != 0 => {
+                    format!("{}%{}", v6.ip(), v6.scope_id())
+                }
+                _ => local.ip().to_string(),
+            },
+            Some(name) => name.to_owned(),
+            None if local.is_ipv6() => Ipv6Addr::LOCALHOST.to_string(),
+            None => std::net::Ipv4Addr::LOCALHOST.to_string(),
+        };
+        Self {
+            host,
+            port: local.port(),
+        }
+    }
+
+    fn parse(authority: &str) -> Result<Self, UriError> {
+        let (host, port) = match authority.strip_prefix('[') {
+            Some(rest) => {
+                let wrong = || UriError::Host(authority.to_owned());
+                let (address, rest) = rest.split_once(']').ok_or_else(wrong)?;
+                let host = ipv6(address).ok_or_else(wrong)?;
+                match rest.strip_prefix(':') {
+                    Some(port) => (host, Some(port)),
+                    None if rest.is_empty() => (host, None),
+                    None => return Err(wrong()),
+                }
+            }
+            None => {
+                let (host, port) = match authority.split_once(':') {
+                    Some((host, port)) => (host, Some(port)),
+                    None => (authority, None),
+                };
+                if host.is_empty() {
+                    return Err(UriError::NoHost);
+                }
+                // A second colon: most likely an IPv6 address without its brackets.
+                if !is_name(host) || port.is_some_and(|port| port.contains(':')) {
+                    return Err(UriError::Host(authority.to_owned()));
+                }
+                (host.to_owned(), port)
+            }
+        };
+        let port = match port {
+            None => DEFAULT_PORT,
+            Some(text) => parse_number(text)
+                .and_then(|port| u16::try_from(port).ok())
+                .filter(|&port| port != 0)
+                .ok_or_else(|| UriError::Port(text.to_owned()))?,
+        };
+        Ok(Self { host, port })
+    }
+}
+
+impl fmt::Display for TransportAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// An IPv6 address with or without a zone, whose `%` may be encoded as URIs want it (RFC 6874).
+fn ipv6(text: &str) -> Option<String> {
+    let (address, zone) = match text.split_once('%') {
+        Some((address, zone)) => (address, Some(zone.strip_prefix("25").unwrap_or(zone))),
+        None => (text, None),
+    };
+    let address: Ipv6Addr = address.parse().ok()?;
+    match zone {
+        None => Some(address.to_string()),
+        Some(zone) if is_name(zone) => Some(format!("{address}%{zone}")),
+        Some(_) => None,
+    }
+}
+
+fn is_name(host: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+    !host.is_empty() && host.len() <= 253 && host.bytes().all(allowed)
+}
+
+/// Digits alone: `u32::from_str` takes a sign too.
+fn parse_number(text: &str) -> Option<u32> {
+    let digits = text.bytes().all(|b| b.is_ascii_digit());
+    digits.then(|| text.parse().ok()).flatten()
+}
+
+impl FromStr for Uri {
+    type Err = UriError;
+
+    fn from_str(text: &str) -> Result<Self, UriError> {
+        let (scheme, rest) = text.split_once("://").ok_or(UriError::Scheme)?;
+        if !scheme.eq_ignore_ascii_case(SCHEME) {
+            return Err(UriError::Scheme);
+        }
+        if rest.contains('#') {
+            return Err(UriError::Fragment);
+        }
+        let (rest, query) = match rest.split_once('?') {
+            Some((rest, query)) => (rest, Some(query)),
+            None => (rest, None),
+        };
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        if authority.is_empty() {
+            return Err(UriError::NoHost);
+        }
+        Ok(Self {
+            address: TransportAddress::parse(authority)?,
+            subnqn: parse_subsystem(path)?,
+            selector: query.map_or(Ok(Selector::Only), parse_selector)?,
+        })
+    }
+}
+
+fn parse_subsystem(path: &str) -> Result<Nqn, UriError> {
+    if path.is_empty() {
+        return Err(UriError::NoSubsystem);
+    }
+    let name = decode(path)?;
+    let nqn = Nqn::new(name.as_str()).map_err(|error| UriError::Subsystem { nqn: name, error })?;
+    if nqn == Nqn::discovery() {
+        return Err(UriError::Discovery);
+    }
+    Ok(nqn)
+}
+
+fn parse_selector(query: &str) -> Result<Selector, UriError> {
+    let mut found = None;
+    for pair in query.split('&') {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let value = decode(value)?;
+        let id = |key, error| UriError::Id {
+            key,
+            value: value.clone(),
+            error,
+        };
+        let selector = match key {
+            "nsid" => parse_number(&value)
+                .filter(|&nsid| nsid != 0 && nsid != NSID_ALL)
+                .map(Selector::Nsid)
+                .ok_or_else(|| UriError::Nsid(value.clone()))?,
+            "uuid" => Selector::Uuid(parse_uuid(&value).map_err(|error| id("uuid", error))?),
+            "nguid" => Selector::Nguid(parse_nguid(&value).map_err(|error| id("nguid", error))?),
+            other => return Err(UriError::Key(other.to_owned())),
+        };
+        if found.replace(selector).is_some() {
+            return Err(UriError::TwoSelectors);
+        }
+    }
+    Ok(found.unwrap_or(Selector::Only))
+}
+
+fn decode(text: &str) -> Result<String, UriError> {
+    let wrong = || UriError::Encoding(text.to_owned());
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, tail)) = rest.split_first() {
+        rest = tail;
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let ([high, low], tail) = tail.split_first_chunk().ok_or_else(wrong)?;
+        let digit = |b: u8| char::from(b).to_digit(16).ok_or_else(wrong);
+        bytes.push((digit(*high)? << 4 | digit(*low)?) as u8);
+        rest = tail;
+    }
+    String::from_utf8(bytes).map_err(|_| wrong())
+}
+
+impl fmt::Display for Uri {
+    /// A URI that [`Uri::from_str`] reads back as the same.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            address,
+            subnqn,
+            selector,
+        } = self;
+        write!(f, "{SCHEME}://{address}/")?;
+        for character in subnqn.as_str().chars() {
+            match character {
+                '%' | '?' | '#' => write!(f, "%{:02X}", u32::from(character))?,
+                other => write!(f, "{other}")?,
+            }
+        }
+        match selector {
+            Selector::Only => Ok(()),
+            other => write!(f, "?{other}"),
+        }
+    }
+}
+
+impl fmt::Display for Selector {
+    /// As in the URI's query; "the only namespace" where there is none.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Only => f.write_str("the only namespace"),
+            Self::Nsid(nsid) => write!(f, "nsid={nsid}"),
+            Self::Uuid(uuid) => write!(f, "uuid={uuid}"),
+            Self::Nguid(nguid) => write!(f, "nguid={:032x}", u128::from_be_bytes(*nguid)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NQN: &str = "nqn.2026-01.org.example:disk1";
+
+    fn parse(rest: &str) -> Result<Uri, UriError> {
+        format!("nvme+tcp://{rest}").parse()
+    }
+
+    #[test]
+    fn the_port_defaults_to_4420() {
+        let uri = parse(&format!("storage.example/{NQN}")).unwrap();
+        assert_eq!(uri.address.lookup(), ("storage.example", 4420));
+        assert_eq!(uri.subnqn.as_str(), NQN);
+        assert_eq!(uri.selector, Selector::Only);
+        let uri = parse(&format!("10.0.0.1:4421/{NQN}")).unwrap();
+        assert_eq!(uri.address.lookup(), ("10.0.0.1", 4421));
+    }
+
+    #[test]
+    fn ipv6_is_in_brackets_and_may_have_a_zone() {
+        let uri = parse(&format!("[fd00::1]:4421/{NQN}")).unwrap();
+        assert_eq!(uri.address.lookup(), ("fd00::1", 4421));
+        for zone in ["%25eth0", "%eth0"] {
+            let uri = parse(&format!("[fe80::1{zone}]/{NQN}")).unwrap();
+            assert_eq!(uri.address.lookup(), ("fe80::1%eth0", 4420));
+        }
+    }
+
+    #[test]
+    fn each_selector_is_read() {
+        let uuid = Uuid::from_u128(7);
+        for (query, selector) in [
+            ("nsid=3".to_owned(), Selector::Nsid(3)),
+            (format!("uuid={uuid}"), Selector::Uuid(uuid)),
+            (
+                format!("nguid={:032x}", 7),
+                Selector::Nguid(*uuid.as_bytes()),
+            ),
+        ] {
+            assert_eq!(
+                parse(&format!("h/{NQN}?{query}")).unwrap().selector,
+                selector
+            );
+        }
+    }
+
+    #[test]
+    fn a_uri_survives_being_shown() {
+        for rest in [
+            format!("h:4420/{NQN}"),
+            format!("[fe80::1%eth0]:1/{NQN}/x?nsid=4294967294"),
+            "h:65535/nqn.2026-01.org.example:a%25b%3Fc%23d".to_owned(),
+            format!("h:4420/{NQN}?nguid={:032x}", 1),
+            format!("h:4420/{NQN}?uuid={}", Uuid::from_u128(1)),
+        ] {
+            let uri = parse(&rest).unwrap();
+            assert_eq!(uri.to_string(), format!("nvme+tcp://{rest}"));
+            assert_eq!(uri.to_string().parse(), Ok(uri));
+        }
+    }
+
+    #[test]
+    fn percent_encoding_is_undone() {
+        let uri = parse("h/nqn.2026-01.org.example%3Adisk1?nsid=%31").unwrap();
+        assert_eq!(uri.subnqn.as_str(), NQN);
+        assert_eq!(uri.selector, Selector::Nsid(1));
+    }
+
+    #[test]
+    fn a_wrong_host_or_port_is_named() {
+        let host = |text: &str| Err(UriError::Host(text.to_owned()));
+        assert_eq!(parse(&format!("/{NQN}")), Err(UriError::NoHost));
+        assert_eq!(parse(&format!(":4420/{NQN}")), Err(UriError::NoHost));
+        assert_eq!(parse(&format!("fd00::1/{NQN}")), host("fd00::1"));
+        assert_eq!(parse(&format!("[fd00::1/{NQN}")), host("[fd00::1"));
+        assert_eq!(parse(&format!("[::1]4420/{NQN}")), host("[::1]4420"));
+        assert_eq!(parse(&format!("[10.0.0.1]/{NQN}")), host("[10.0.0.1]"));
+        assert_eq!(parse(&format!("[fe80::1%]/{NQN}")), host("[fe80::1%]"));
+        assert_eq!(parse(&format!("me@h/{NQN}")), host("me@h"));
+        for port in ["", "0", "65536", "+1", "nvme"] {
+            assert_eq!(
+                parse(&format!("h:{port}/{NQN}")),
+                Err(UriError::Port(port.to_owned()))
+            );
+        }
+    }
+
+    #[test]
+    fn a_wrong_scheme_subsystem_or_selector_is_named() {
+        assert_eq!(NQN.parse::<Uri>(), Err(UriError::Scheme));
+        assert_eq!(
+            format!("nvme+rdma://h/{NQN}").parse::<Uri>(),
+            Err(UriError::Scheme)
+        );
+        assert_eq!(parse("h"), Err(UriError::NoSubsystem));
+        assert_eq!(parse("h/"), Err(UriError::NoSubsystem));
+        assert_eq!(parse("h?nsid=1"), Err(UriError::NoSubsystem));
+        assert!(matches!(parse("h/disk1"), Err(UriError::Subsystem { .. })));
+        assert_eq!(
+            parse(&format!("h/{}", Nqn::discovery())),
+            Err(UriError::Discovery)
+        );
+        assert_eq!(parse(&format!("h/{NQN}#1")), Err(UriError::Fragment));
+        assert_eq!(parse("h/nqn%"), Err(UriError::Encoding("nqn%".to_owned())));
+        for (query, error) in [
+            ("", UriError::Key(String::new())),
+            ("ns=1", UriError::Key("ns".into())),
+            ("nsid=1&nsid=2", UriError::TwoSelectors),
+            ("nsid", UriError::Nsid(String::new())),
+            ("nsid=0", UriError::Nsid("0".into())),
+            ("nsid=4294967295", UriError::Nsid("4294967295".into())),
+        ] {
+            assert_eq!(parse(&format!("h/{NQN}?{query}")), Err(error));
+        }
+        assert!(matches!(
+            parse(&format!("h/{NQN}?uuid=1")),
+            Err(UriError::Id { key: "uuid", .. })
+        ));
+    }
+
+    #[test]
+    fn a_listener_on_every_address_is_shown_under_a_name() {
+        let shown = |local: &str, name| {
+            TransportAddress::of_listener(local.parse().unwrap(), name).to_string()
+        };
+        assert_eq!(shown("127.0.0.1:4420", Some("box")), "127.0.0.1:4420");
+        assert_eq!(shown("[fd00::1]:4420", None), "[fd00::1]:4420");
+        assert_eq!(shown("0.0.0.0:4420", Some("box")), "box:4420");
+        assert_eq!(shown("0.0.0.0:4420", Some("my box")), "127.0.0.1:4420");
+        assert_eq!(shown("[::]:1", None), "[::1]:1");
+    }
+}

@@ -1,0 +1,70 @@
+//! Every bound of the daemon, each with its reason.
+
+use std::ops::RangeInclusive;
+
+/// Queues that a disk may offer. A VMM that has more vCPUs than the disk has queues refuses to
+/// start, so the default is high; an unused queue costs nothing.
+pub(crate) const NUM_QUEUES: RangeInclusive<i64> = 1..=256;
+/// See [`NUM_QUEUES`].
+pub(crate) const DEFAULT_NUM_QUEUES: u16 = 64;
+
+/// I/O queue pairs of one association: a worker has one each, and more workers than this help
+/// nobody.
+pub(crate) const NR_IO_QUEUES: RangeInclusive<i64> = 1..=256;
+/// See [`NR_IO_QUEUES`].
+pub(crate) const MAX_NR_IO_QUEUES: u16 = 256;
+
+/// Entries of an I/O submission queue. A queue of one entry is not allowed; above this only memory
+/// grows.
+pub(crate) const QUEUE_SIZE: RangeInclusive<i64> = 2..=4096;
+/// As Linux asks.
+pub(crate) const DEFAULT_QUEUE_SIZE: u16 = 128;
+
+/// Seconds after which a silent association is lost; 0 turns keep-alive off.
+pub(crate) const KEEP_ALIVE_SECONDS: RangeInclusive<i64> = 0..=3600;
+/// Short, because a write whose fate is unknown holds later writes back for a multiple of it.
+pub(crate) const DEFAULT_KEEP_ALIVE_SECONDS: u16 = 5;
+
+/// Bytes of the serial that a guest can read (virtio 1.3, "GET_ID").
+pub(crate) const SERIAL_LEN: usize = 20;
+
+/// Longest path of a Unix socket on Linux: `sun_path` less its terminating zero.
+pub(crate) const SOCKET_PATH_MAX: usize = 107;
+
+/// Namespaces of one exported subsystem: the list of active namespaces fits one Identify page.
+pub(crate) const MAX_NAMESPACES: usize = 1024;
+
+/// Most segments of a guest's request: a queue of 128 entries, the usual size, less the header and
+/// the status, so that a driver without indirect descriptors can use it too.
+pub(crate) const SEG_MAX: u32 = 126;
+
+/// Sectors in one range of a discard, 1 GiB: a controller may take its time for each range, and a
+/// guest that discards a whole disk must leave room for others.
+pub(crate) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// Ranges in one discard; all of them become one Dataset Management command.
+pub(crate) const MAX_DISCARD_RANGES: u32 = 16;
+
+/// Sectors in one write-zeroes, 32 MiB: one Write Zeroes command at either block size, and a
+/// bounded number of writes where they stand in for it.
+pub(crate) const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 16;
+/// Ranges in one write-zeroes. Drivers send one.
+pub(crate) const MAX_WRITE_ZEROES_RANGES: u32 = 1;
+
+/// Bytes of one write of zeroes where the controller has no Write Zeroes: bounds the list of
+/// segments that describe them.
+pub(crate) const ZERO_WRITE_BYTES: u64 = 1 << 20;
+
+/// Blocks that one Read, Write or Write Zeroes can name (NVM Command Set, NLB).
+pub(crate) const MAX_COMMAND_BLOCKS: u64 = 1 << 16;
+
+/// Guest requests in flight on one lane: what a slot number in a token can name.
+pub(crate) const MAX_SLOTS: usize = 1 << 16;
+
+const _: () = {
+    assert!(DEFAULT_NUM_QUEUES as i64 <= *NUM_QUEUES.end());
+    assert!(MAX_NR_IO_QUEUES as i64 == *NR_IO_QUEUES.end());
+    assert!(DEFAULT_QUEUE_SIZE as i64 <= *QUEUE_SIZE.end());
+    assert!(DEFAULT_KEEP_ALIVE_SECONDS as i64 <= *KEEP_ALIVE_SECONDS.end());
+    assert!(MAX_WRITE_ZEROES_SECTORS as u64 <= MAX_COMMAND_BLOCKS);
+    assert!(MAX_NAMESPACES * 4 <= 4096);
+};
