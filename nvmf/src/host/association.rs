@@ -133,17 +133,21 @@ impl Association {
         target: &TargetAddress,
         options: &HostOptions,
     ) -> Result<Self, HostError> {
-        Self::connect_over(&Tcp(registry), target, options).await
-    }
-
-    pub(super) async fn connect_over(
-        dial: &impl Dial,
-        target: &TargetAddress,
-        options: &HostOptions,
-    ) -> Result<Self, HostError> {
         let kato = options.check()?;
         let end = Instant::now() + options.connect_timeout;
         let addresses = target.resolve(end).await?;
+        Self::connect_any(&Tcp(registry), &addresses, target, options, kato, end).await
+    }
+
+    /// Connects at the first of several addresses where that works.
+    async fn connect_any(
+        dial: &impl Dial,
+        addresses: &[SocketAddr],
+        target: &TargetAddress,
+        options: &HostOptions,
+        kato: u32,
+        end: Instant,
+    ) -> Result<Self, HostError> {
         let mut best: Option<HostError> = None;
         for (tried, &at) in addresses.iter().enumerate() {
             let deadline = share(Instant::now(), end, addresses.len() - tried);
@@ -172,6 +176,19 @@ impl Association {
             host: target.host.clone(),
             reason: "it has no address".to_owned(),
         }))
+    }
+
+    /// Connects over a fabric of the test's own.
+    #[cfg(test)]
+    pub(super) async fn connect_over(
+        dial: &impl Dial,
+        addresses: &[SocketAddr],
+        target: &TargetAddress,
+        options: &HostOptions,
+    ) -> Result<Self, HostError> {
+        let kato = options.check()?;
+        let end = Instant::now() + options.connect_timeout;
+        Self::connect_any(dial, addresses, target, options, kato, end).await
     }
 
     /// What comes after the admin queue's Connect.
@@ -285,9 +302,9 @@ impl Association {
             }))
     }
 
-    /// Connects all I/O queue pairs that the controller grants, in the order of their queue IDs from
-    /// 1. They are not registered with the runtime, and are ready to be handed to workers. Drop
-    /// them before [`Self::shutdown`].
+    /// Connects all I/O queue pairs that the controller grants, in ascending order of queue ID. They
+    /// are not registered with the runtime, and are ready to be handed to workers. Drop them before
+    /// [`Self::shutdown`].
     ///
     /// # Errors
     /// The first queue that fails; those before it are closed.

@@ -240,3 +240,129 @@ fn text(field: &[u8]) -> String {
         .collect();
     text.trim().to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::FromZeros;
+
+    use super::*;
+
+    const CAP: Cap = Cap(Cap::CSS_NVM | 1023);
+
+    fn controller(change: impl FnOnce(&mut IdentifyController)) -> Result<ControllerInfo, String> {
+        let mut data = IdentifyController::new_zeroed();
+        data.ioccsz = 4.into();
+        change(&mut data);
+        let subnqn = Nqn::new("nqn.2026-01.org.example:disk1").unwrap();
+        digest(&data, "127.0.0.1:4420".parse().unwrap(), &subnqn, CAP)
+    }
+
+    #[test]
+    fn transfer_limits_are_powers_of_the_smallest_page() {
+        for (mdts, expected) in [
+            (0, None),
+            (1, Some(8192)),
+            (5, Some(131_072)),
+            (51, Some(1 << 63)),
+            (52, None),
+            (255, None),
+        ] {
+            let info = controller(|data| data.mdts = mdts).unwrap();
+            assert_eq!(info.max_transfer, expected, "MDTS {mdts}");
+        }
+    }
+
+    #[test]
+    fn capsules_give_what_they_have_beside_the_command() {
+        for (ioccsz, expected) in [(4, 0), (5, 16), (516, 8192), (u32::MAX, 1 << 20)] {
+            let info = controller(|data| data.ioccsz = ioccsz.into()).unwrap();
+            assert_eq!(info.in_capsule_limit, expected, "IOCCSZ {ioccsz}");
+        }
+        let offset = controller(|data| {
+            data.ioccsz = 516.into();
+            data.icdoff = 1.into();
+        });
+        assert_eq!(offset.unwrap().in_capsule_limit, 0);
+        for ioccsz in 0..4u32 {
+            let reason = controller(|data| data.ioccsz = ioccsz.into()).unwrap_err();
+            assert!(reason.contains("IOCCSZ"), "{reason}");
+        }
+    }
+
+    #[test]
+    fn strings_lose_padding_control_characters_and_what_is_no_text() {
+        let info = controller(|data| {
+            data.sn = *b"\x1b[2JSN 1\r\n\0\0      \0\0";
+            data.mn = [b' '; 40];
+            data.fr = *b"\xff\xfe1.0   ";
+        });
+        let info = info.unwrap();
+        assert_eq!((info.serial.as_str(), info.model.as_str()), ("[2JSN 1", ""));
+        assert_eq!(info.firmware, "\u{fffd}\u{fffd}1.0");
+    }
+
+    #[test]
+    fn abilities_are_those_that_are_told() {
+        let none = controller(|_| {}).unwrap();
+        assert!(!none.supports_write_zeroes() && !none.supports_deallocate());
+        assert!(!none.volatile_write_cache);
+        let all = controller(|data| {
+            data.oncs = (oncs::WRITE_ZEROES | oncs::DATASET_MANAGEMENT).into();
+            data.vwc = 7;
+        });
+        let all = all.unwrap();
+        assert!(all.supports_write_zeroes() && all.supports_deallocate());
+        assert!(all.volatile_write_cache);
+        // Flush of all namespaces, but no cache.
+        assert!(
+            !controller(|data| data.vwc = 6)
+                .unwrap()
+                .volatile_write_cache
+        );
+    }
+
+    #[test]
+    fn controllers_of_other_kinds_and_names_are_refused() {
+        type Change = fn(&mut IdentifyController);
+        let changes: [(Change, &str); 5] = [
+            (|data| data.cntrltype = 2, "discovery"),
+            (|data| data.cntrltype = 3, "administrative"),
+            (
+                |data| data.sqes = 0x77,
+                "submission queue entries have at least 128",
+            ),
+            (
+                |data| data.cqes = 0x55,
+                "completion queue entries have at least 32",
+            ),
+            (
+                |data| {
+                    data.subnqn = Nqn::new("nqn.2026-01.org.example:other")
+                        .unwrap()
+                        .to_field()
+                },
+                "org.example:other",
+            ),
+        ];
+        for (change, named) in changes {
+            let reason = controller(change).unwrap_err();
+            assert!(reason.contains(named), "{reason}");
+        }
+        // No name, and what is no name, are only untidy.
+        assert!(controller(|data| data.subnqn = [0xff; 256]).is_ok());
+    }
+
+    #[test]
+    fn command_set_limits_of_zero_are_no_limits_and_short_data_says_nothing() {
+        let mut info = controller(|_| {}).unwrap();
+        add_command_set_limits(&mut info, &[0; 4096], CAP);
+        assert_eq!(
+            (info.max_write_zeroes, info.deallocate),
+            (None, DeallocateLimits::default())
+        );
+        for len in 0..16 {
+            add_command_set_limits(&mut info, &vec![0xff; len], CAP);
+            assert_eq!(info.deallocate, DeallocateLimits::default(), "{len} bytes");
+        }
+    }
+}

@@ -19,7 +19,11 @@ mod error;
 mod identify;
 mod keepalive;
 mod namespace;
+#[cfg(test)]
+mod scripted;
 mod survey;
+#[cfg(test)]
+mod tests;
 
 pub use address::TargetAddress;
 pub use association::{Association, HostOptions};

@@ -266,3 +266,183 @@ pub(super) fn digest(
         optimal: OptimalIo::from_identify(data),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::FromZeros;
+
+    use super::*;
+    use crate::spec::identify::LbaFormat;
+
+    fn namespace(change: impl FnOnce(&mut IdentifyNamespace)) -> Result<NamespaceInfo, String> {
+        let mut data = IdentifyNamespace::new_zeroed();
+        data.nsze = 1000.into();
+        data.nlbaf = 1;
+        data.lbaf[0].lbads = 9;
+        data.lbaf[1].lbads = 12;
+        change(&mut data);
+        digest(5, &data, Identifiers::from_identify(&data), None)
+    }
+
+    #[test]
+    fn the_format_in_use_gives_the_block_size() {
+        let info = namespace(|data| data.flbas = 1).unwrap();
+        assert_eq!(
+            (info.nsid, info.block_size, info.capacity()),
+            (5, 4096, 4_096_000)
+        );
+    }
+
+    #[test]
+    fn formats_that_cannot_be_served_are_refused_with_their_value() {
+        type Change = fn(&mut IdentifyNamespace);
+        let changes: [(Change, &str); 10] = [
+            (|data| data.nsze = 0.into(), "no blocks"),
+            (|data| data.flbas = 2, "FLBAS 0x02"),
+            (|data| data.flbas = 0x21, "FLBAS 0x21"),
+            (
+                |data| data.lbaf[0].ms = 8.into(),
+                "8 bytes of metadata beside",
+            ),
+            (
+                |data| {
+                    data.lbaf[0].ms = 64.into();
+                    data.flbas = 0x10;
+                },
+                "64 bytes of metadata inside extended LBAs",
+            ),
+            (|data| data.dps = 3, "type 3"),
+            (|data| data.lbaf[0].lbads = 8, "2^8"),
+            (|data| data.lbaf[0].lbads = 17, "2^17"),
+            (|data| data.lbaf[0] = LbaFormat::default(), "2^0"),
+            (
+                |data| data.nsze = (1 << 55).into(),
+                "36028797018963968 blocks of 512",
+            ),
+        ];
+        for (change, named) in changes {
+            let reason = namespace(change).unwrap_err();
+            assert!(reason.contains(named), "{reason}");
+            assert!(!reason.contains('\n'));
+        }
+        let largest = namespace(|data| data.nsze = ((1 << 55) - 1).into()).unwrap();
+        assert_eq!(largest.capacity(), u64::MAX - 511);
+    }
+
+    #[test]
+    fn the_sixteenth_format_needs_the_upper_bits_of_the_index() {
+        let info = namespace(|data| {
+            data.nlbaf = 17;
+            data.flbas = 1 << 5 | 1;
+            data.lbaf[17].lbads = 13;
+        });
+        assert_eq!(info.unwrap().block_size, 8192);
+    }
+
+    #[test]
+    fn blocks_larger_than_a_transfer_are_refused() {
+        let mut data = IdentifyNamespace::new_zeroed();
+        data.nsze = 1.into();
+        data.lbaf[0].lbads = 16;
+        let ids = Identifiers::default();
+        assert!(digest(1, &data, ids, Some(32768)).is_err());
+        assert!(digest(1, &data, ids, Some(65536)).is_ok());
+    }
+
+    #[test]
+    fn hints_count_only_when_they_are_said_to_be_valid() {
+        let set = |data: &mut IdentifyNamespace| {
+            data.noiob = 256.into();
+            data.npwg = 7.into();
+            data.nows = 31.into();
+        };
+        let told = namespace(|data| {
+            set(data);
+            data.nsfeat = IdentifyNamespace::NSFEAT_OPTPERF;
+        });
+        let told = told.unwrap().optimal;
+        assert_eq!(
+            (told.boundary, told.write_granularity, told.write_size),
+            (Some(256), Some(8), Some(32))
+        );
+        let untold = namespace(set).unwrap().optimal;
+        assert_eq!(
+            (untold.boundary, untold.write_granularity, untold.write_size),
+            (Some(256), None, None)
+        );
+    }
+
+    #[test]
+    fn what_deallocation_leaves_and_write_protection_are_read() {
+        let info = namespace(|data| {
+            data.dlfeat = 0x09;
+            data.nsattr = 1;
+        });
+        let info = info.unwrap();
+        assert!(
+            info.deallocated_reads_zero && info.write_zeroes_deallocates && info.write_protected
+        );
+        // 2: reads of deallocated blocks return ones.
+        let info = namespace(|data| data.dlfeat = 0x02).unwrap();
+        assert!(
+            !info.deallocated_reads_zero && !info.write_zeroes_deallocates && !info.write_protected
+        );
+    }
+
+    fn descriptor(nidt: u8, id: &[u8]) -> Vec<u8> {
+        [&[nidt, id.len() as u8, 0, 0], id].concat()
+    }
+
+    fn identifiers(list: &[u8]) -> Identifiers {
+        let mut ids = Identifiers::default();
+        ids.add_descriptors(list);
+        ids
+    }
+
+    #[test]
+    fn all_identifiers_are_found_in_any_order() {
+        let list = [
+            descriptor(nidt::CSI, &[0]),
+            descriptor(nidt::UUID, &[1; 16]),
+            descriptor(99, &[7; 40]),
+            descriptor(nidt::EUI64, &[2; 8]),
+            descriptor(nidt::NGUID, &[3; 16]),
+            vec![0; 100],
+            descriptor(nidt::UUID, &[9; 16]),
+        ];
+        let expected = Identifiers {
+            uuid: Some(Uuid::from_bytes([1; 16])),
+            nguid: Some([3; 16]),
+            eui64: Some([2; 8]),
+        };
+        assert_eq!(identifiers(&list.concat()), expected);
+    }
+
+    #[test]
+    fn descriptors_that_are_wrong_or_cut_off_say_nothing() {
+        let nothing = Identifiers::default();
+        assert_eq!(identifiers(&descriptor(nidt::UUID, &[1; 15])), nothing);
+        assert_eq!(identifiers(&descriptor(nidt::EUI64, &[1; 16])), nothing);
+        assert_eq!(identifiers(&descriptor(nidt::NGUID, &[0; 16])), nothing);
+        // Lengths of nothing, to the end of the page.
+        assert_eq!(identifiers(&[nidt::UUID, 0, 0, 0].repeat(1024)), nothing);
+        let whole = descriptor(nidt::UUID, &[1; 16]);
+        for cut in 0..whole.len() {
+            assert_eq!(identifiers(&whole[..cut]), nothing, "cut at {cut}");
+        }
+        // One that is wrong is passed over.
+        let list = [descriptor(nidt::UUID, &[1; 3]), whole].concat();
+        assert!(identifiers(&list).uuid.is_some());
+    }
+
+    #[test]
+    fn selectors_are_shown_as_a_uri_has_them() {
+        let mut nguid = [0; 16];
+        nguid[0] = 0x0a;
+        assert_eq!(NamespaceSelector::Nsid(3).to_string(), "nsid=3");
+        assert_eq!(
+            NamespaceSelector::Nguid(nguid).to_string(),
+            "nguid=0a000000000000000000000000000000"
+        );
+    }
+}
