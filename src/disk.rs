@@ -15,7 +15,7 @@ use vhost_user_blk::{Device, Queue, QueueUpdate, Rings, serve};
 
 use crate::bridge::geometry::{self, Choices};
 use crate::bridge::translate::Limits;
-use crate::config::AttachConfig;
+use crate::config::{AttachConfig, Selector};
 use crate::limits::{LANE_SLOTS, MAILBOX};
 use crate::metrics::{DiskCounters, DiskTotals};
 use crate::worker::Worker;
@@ -48,7 +48,9 @@ impl Disk {
         config: &AttachConfig,
         workers: &[Worker],
     ) -> Result<Self, HostError> {
-        let target = TargetAddress::from(&config.target);
+        let (host, port) = config.target.address.lookup();
+        let subnqn = config.target.subnqn.clone();
+        let target = TargetAddress { host: host.to_owned(), port, subnqn };
         let options = HostOptions {
             nr_io_queues: config.nr_io_queues,
             queue_size: config.queue_size,
@@ -56,7 +58,12 @@ impl Disk {
             ..HostOptions::new(config.host.nqn.clone(), config.host.id)
         };
         let association = Association::connect(registry, &target, &options).await?;
-        let selector = NamespaceSelector::from(&config.target.selector);
+        let selector = match config.target.selector {
+            Selector::Only => NamespaceSelector::Only,
+            Selector::Nsid(nsid) => NamespaceSelector::Nsid(nsid),
+            Selector::Uuid(uuid) => NamespaceSelector::Uuid(uuid),
+            Selector::Nguid(nguid) => NamespaceSelector::Nguid(nguid),
+        };
         let opened = async {
             let namespace = association.select(&selector).await?;
             Ok((namespace, association.open_io_queues(registry).await?))
@@ -70,7 +77,12 @@ impl Disk {
         };
         let controller = association.controller();
         let limits = Limits::new(controller, &namespace);
-        let device = Device::new(geometry::device_options(&namespace, controller, config));
+        let choices = Choices {
+            num_queues: config.num_queues,
+            serial: config.serial,
+            read_only: config.read_only,
+        };
+        let device = Device::new(geometry::device_options(&choices, controller, &namespace));
         let name = config.target.to_string();
         let counters = Arc::new(DiskCounters::default());
         let mut lanes = Vec::with_capacity(pairs.len());

@@ -60,7 +60,18 @@ pub(crate) const MAX_COMMAND_BLOCKS: u64 = 1 << 16;
 /// Guest requests in flight on one lane: what a slot number in a token can name.
 pub(crate) const MAX_SLOTS: usize = 1 << 16;
 
+/// Guest requests in flight on one lane, unless its rings are deeper: what a queue pair of the
+/// default size carries several times over.
+pub(crate) const LANE_SLOTS: usize = 1024;
+
+/// Messages in a lane's mailbox: a session waits for each answer, so there are never many.
+pub(crate) const MAILBOX: usize = 16;
+
+/// Lanes handed to a worker that it has not begun to drive.
+pub(crate) const NEW_LANES: usize = 64;
+
 const _: () = {
+    assert!(LANE_SLOTS <= MAX_SLOTS);
     assert!(DEFAULT_NUM_QUEUES as i64 <= *NUM_QUEUES.end());
     assert!(MAX_NR_IO_QUEUES as i64 == *NR_IO_QUEUES.end());
     assert!(DEFAULT_QUEUE_SIZE as i64 <= *QUEUE_SIZE.end());

@@ -31,6 +31,6 @@ pub(crate) fn start(options: LogOptions) {
         .with_ansi(false);
     match options.format {
         LogFormat::Text => subscriber.init(),
-        LogFormat::Json => subscriber.json().flatten_event(true).init(),
+        LogFormat::Json => subscriber.json().init(),
     }
 }

@@ -1,19 +1,18 @@
 //! The `vhost-nvmf` daemon: a command line in, one disk or one target out.
 
-#![expect(
-    dead_code,
-    unused_imports,
-    reason = "the daemon that uses the rest is not wired yet"
-)]
-
 mod bridge;
 mod cli;
 mod config;
+mod daemon;
+mod disk;
+mod export;
 mod hints;
 mod limits;
 mod logging;
+mod metrics;
 mod report;
 mod socket;
+mod worker;
 
 use std::error::Error;
 use std::io::Write as _;
@@ -26,12 +25,9 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            let line = report::one_line(error.as_ref());
             // Nothing is left to do when standard error is gone too.
-            let _ = writeln!(
-                std::io::stderr(),
-                "vhost-nvmf: {}",
-                report::one_line(error.as_ref())
-            );
+            let _ = writeln!(std::io::stderr(), "vhost-nvmf: {line}");
             ExitCode::FAILURE
         }
     }
@@ -39,22 +35,15 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     match cli::parse(std::env::args_os())? {
-        Invocation::Print(text) => std::io::stdout().write_all(text.as_bytes())?,
+        Invocation::Print(text) => Ok(std::io::stdout().write_all(text.as_bytes())?),
         Invocation::Attach(log, args) => {
             logging::start(log);
-            let config = AttachConfig::resolve(*args, &Machine::read());
-            let (_listener, socket) = socket::listen(&config.socket_path)?;
-            let hints = hints::VmmHints {
-                socket_path: socket.path(),
-                num_queues: config.num_queues,
-                read_only: config.read_only,
-            };
-            write!(std::io::stdout(), "{hints}")?;
+            daemon::attach(&AttachConfig::resolve(*args, &Machine::read()))
         }
         Invocation::Export(log, args) => {
             logging::start(log);
-            ExportConfig::resolve(args, &Machine::read())?;
+            let machine = Machine::read();
+            daemon::export(&ExportConfig::resolve(args, &machine)?, &machine)
         }
     }
-    Ok(())
 }

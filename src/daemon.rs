@@ -1,0 +1,119 @@
+//! What a command does from its checked configuration to its end: runtimes, workers, signals.
+
+use std::error::Error;
+use std::io::{self, Write as _};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nvmf::transport::Registry;
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::config::{AttachConfig, ExportConfig, Machine};
+use crate::disk::Disk;
+use crate::export::Export;
+use crate::hints::VmmHints;
+use crate::socket;
+use crate::worker::Worker;
+
+/// How long the end of everything may take once nothing is served any more; what is left then is
+/// ended with the process.
+const END: Duration = Duration::from_millis(300);
+
+/// Serves a remote namespace as a disk until a signal comes.
+///
+/// # Errors
+/// One line for the user; nothing is left behind.
+pub(crate) fn attach(config: &AttachConfig) -> Result<(), Box<dyn Error>> {
+    let (runtime, workers) = start(usize::from(config.nr_io_queues))?;
+    let result = runtime.block_on(async {
+        let mut stop = Stop::new()?;
+        // Listening comes first: a VMM that is quicker than the controller waits in the queue.
+        let (listener, path) = socket::listen(&config.socket_path)?;
+        let registry = Registry::with_defaults();
+        let disk = tokio::select! {
+            disk = Disk::attach(&registry, config, &workers) => disk?,
+            () = stop.wait() => return Ok(()),
+        };
+        let hints = VmmHints {
+            socket_path: path.path(),
+            num_queues: config.num_queues,
+            read_only: config.read_only,
+        };
+        print(&hints.to_string())?;
+        disk.serve(listener, stop.wait()).await?;
+        Ok(())
+    });
+    end(runtime, workers);
+    result
+}
+
+/// Exports namespaces until a signal comes.
+///
+/// # Errors
+/// One line for the user; nothing is left behind.
+pub(crate) fn export(config: &ExportConfig, machine: &Machine) -> Result<(), Box<dyn Error>> {
+    let (runtime, workers) = start(usize::MAX)?;
+    let workers: Arc<[Worker]> = workers.into();
+    let result = runtime.block_on(async {
+        let mut stop = Stop::new()?;
+        let registry = Arc::new(Registry::with_defaults());
+        let export = Export::open(config, registry, Arc::clone(&workers)).await?;
+        print(&export.uris(machine))?;
+        export.serve(stop.wait()).await;
+        Ok(())
+    });
+    runtime.shutdown_timeout(END);
+    result
+}
+
+/// The control plane's runtime, and at most `lanes` workers: one for each CPU.
+fn start(lanes: usize) -> io::Result<(Runtime, Vec<Worker>)> {
+    let runtime =
+        Builder::new_multi_thread().worker_threads(1).thread_name("control").enable_all().build()?;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = (0..cpus.min(lanes)).map(Worker::start).collect::<io::Result<_>>()?;
+    Ok((runtime, workers))
+}
+
+/// Lets the threads end; not for long.
+fn end(runtime: Runtime, workers: Vec<Worker>) {
+    let deadline = Instant::now() + END;
+    let threads: Vec<_> = workers.into_iter().map(Worker::finish).collect();
+    while threads.iter().any(|thread| !thread.is_finished()) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    runtime.shutdown_timeout(deadline.saturating_duration_since(Instant::now()));
+}
+
+/// Standard output is for results. That nobody reads them is no reason to end.
+fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
+}
+
+/// The signals that end the daemon.
+struct Stop {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Stop {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn wait(&mut self) {
+        let name = tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        };
+        tracing::info!("{name}: ending");
+    }
+}

@@ -1,0 +1,163 @@
+//! The embedded target: namespaces of files and memory, offered to hosts over NVMe/TCP.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nvmf::backend::{Backend, Counts, FileBackend, OpenError, RamBackend, RamError};
+use nvmf::controller::{
+    BindError, LaneHost, Limits, NamespaceError, Port, Subsystem, Target, TargetError,
+};
+use nvmf::transport::{Lane, Registry};
+
+use crate::config::uri::{Selector, TransportAddress, Uri};
+use crate::config::{ExportConfig, Machine, NamespaceConfig, Storage};
+use crate::worker::Worker;
+
+/// Why there is nothing to export.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ExportError {
+    /// A file cannot be used.
+    #[error(transparent)]
+    File(#[from] OpenError),
+    /// Memory cannot be had.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Namespaces contradict each other.
+    #[error(transparent)]
+    Namespace(#[from] NamespaceError),
+    /// Subsystems contradict each other.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+}
+
+/// A target that listens.
+pub(crate) struct Export {
+    target: Arc<Target>,
+    port: Port,
+}
+
+impl Export {
+    /// Opens the storage and listens.
+    ///
+    /// # Errors
+    /// [`ExportError`] as one line; nothing stays open then.
+    pub(crate) async fn open(
+        config: &ExportConfig,
+        registry: Arc<Registry>,
+        workers: Arc<[Worker]>,
+    ) -> Result<Self, ExportError> {
+        let serial = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, config.subnqn.as_str().as_bytes());
+        let mut subsystem = Subsystem::new(config.subnqn.clone(), &serial.simple().to_string());
+        for host in config.allowed_hosts.iter().flatten() {
+            subsystem.allow_host(host.clone());
+        }
+        for namespace in &config.namespaces {
+            let backend = open_backend(namespace)?;
+            subsystem.add_namespace(namespace.nsid, namespace.uuid, backend)?;
+        }
+        let lanes = Arc::new(RoundRobin { workers, next: AtomicUsize::new(0) });
+        let target = Target::new(vec![subsystem], Limits::default(), registry, lanes)?;
+        let target = Arc::new(target);
+        let port = Port::bind(Arc::clone(&target), &config.listen).await?;
+        Ok(Self { target, port })
+    }
+
+    /// The URI of every namespace on every address, one a line.
+    pub(crate) fn uris(&self, machine: &Machine) -> String {
+        let mut lines = String::new();
+        for address in self.port.local_addrs() {
+            for subsystem in self.target.subsystems() {
+                for namespace in subsystem.namespaces() {
+                    let uri = Uri {
+                        address: TransportAddress::of_listener(address, machine.hostname()),
+                        subnqn: subsystem.nqn().clone(),
+                        selector: Selector::Nsid(namespace.nsid()),
+                    };
+                    lines.push_str(&format!("{uri}\n"));
+                }
+            }
+        }
+        lines
+    }
+
+    /// Addresses that are listened on.
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+        self.port.local_addrs()
+    }
+
+    /// Serves hosts until `stop` comes, then ends every association and logs the counters.
+    pub(crate) async fn serve(self, stop: impl Future<Output = ()>) {
+        let Self { target, port } = self;
+        port.serve(stop).await;
+        for subsystem in target.subsystems() {
+            for namespace in subsystem.namespaces() {
+                log_counts(namespace.nsid(), namespace.backend().counters().read());
+            }
+        }
+        let totals = target.totals();
+        tracing::info!(
+            copied_bytes = totals.copied_bytes,
+            sends = totals.sends,
+            receives = totals.receives,
+            "target counters"
+        );
+    }
+}
+
+fn open_backend(namespace: &NamespaceConfig) -> Result<Arc<dyn Backend>, ExportError> {
+    let block_size = namespace.block_size.bytes();
+    Ok(match &namespace.storage {
+        Storage::File { path, read_only } => {
+            Arc::new(FileBackend::open(path, block_size, *read_only)?)
+        }
+        Storage::Ram { size } => Arc::new(RamBackend::new(size.bytes(), block_size)?),
+    })
+}
+
+fn log_counts(nsid: u32, counts: Counts) {
+    let Counts {
+        reads,
+        writes,
+        fua_writes,
+        flushes,
+        write_zeroes,
+        deallocates,
+        read_bytes,
+        written_bytes,
+        errors,
+    } = counts;
+    tracing::info!(
+        nsid,
+        reads,
+        writes,
+        fua_writes,
+        flushes,
+        write_zeroes,
+        deallocates,
+        read_bytes,
+        written_bytes,
+        errors,
+        "namespace counters"
+    );
+}
+
+/// Places I/O queues on the workers in turn.
+struct RoundRobin {
+    workers: Arc<[Worker]>,
+    next: AtomicUsize,
+}
+
+impl LaneHost for RoundRobin {
+    fn place(&self, lane: Box<dyn FnOnce() -> Box<dyn Lane> + Send>) {
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        if let Some(worker) = self.workers.get(next % self.workers.len().max(1))
+            && !worker.try_place(lane)
+        {
+            tracing::warn!("a worker has too many new queues; one is closed");
+        }
+    }
+}
