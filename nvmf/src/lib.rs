@@ -8,6 +8,7 @@
 //! - [`backend`]: what stores a namespace's blocks.
 
 pub mod backend;
+pub mod controller;
 pub mod host;
 pub mod spec;
 pub mod tcp;

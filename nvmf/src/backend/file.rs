@@ -74,7 +74,7 @@ impl FileBackend {
         if size == 0 {
             return Err(OpenError::Empty(path.to_owned()));
         }
-        if size % u64::from(block_size) != 0 {
+        if !size.is_multiple_of(u64::from(block_size)) {
             return Err(OpenError::Size {
                 path: path.to_owned(),
                 size,

@@ -1,6 +1,7 @@
 //! A lane's side of its backends: what is in flight, what waits, and what is done.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::sync::Once;
 
 use super::Done;
@@ -8,7 +9,7 @@ use super::job::Job;
 use super::pool::Mailbox;
 use super::syscall::Ring;
 use crate::spec::Status;
-use crate::transport::{Interest, Ready, Transfer};
+use crate::transport::{Ready, Transfer};
 
 /// How file operations reach the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -24,7 +25,7 @@ pub enum Engine {
 
 enum State {
     Unused,
-    Ring(Ring),
+    Ring(Box<Ring>),
     Threads(Mailbox),
     Failed,
 }
@@ -54,23 +55,19 @@ impl BackendIo {
         }
     }
 
-    /// Changes when [`Self::interest`] does.
+    /// Changes when [`Self::descriptor`] does.
     pub fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// What to wait for; `None` before the first operation that needs an engine.
-    pub fn interest(&self) -> Option<Interest<'_>> {
-        let fd = match &self.state {
-            State::Unused | State::Failed => return None,
-            State::Ring(ring) => ring.fd(),
-            State::Threads(mailbox) => mailbox.fd(),
-        };
-        Some(Interest {
-            fd,
-            readable: true,
-            writable: false,
-        })
+    /// What becomes readable when something is done; `None` before the first operation that needs
+    /// an engine.
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match &self.state {
+            State::Unused | State::Failed => None,
+            State::Ring(ring) => Some(ring.fd()),
+            State::Threads(mailbox) => Some(mailbox.fd()),
+        }
     }
 
     /// Operations that were submitted and whose [`Done`] was not taken.
@@ -177,7 +174,7 @@ fn open(engine: Engine) -> State {
     static REFUSED: Once = Once::new();
     if engine != Engine::Threads {
         match Ring::new() {
-            Ok(ring) => return State::Ring(ring),
+            Ok(ring) => return State::Ring(Box::new(ring)),
             Err(error) if engine == Engine::Uring => {
                 tracing::error!("io_uring cannot be used: {error}");
                 return State::Failed;

@@ -57,7 +57,7 @@ impl RamBackend {
         if size == 0 {
             return Err(RamError::Empty);
         }
-        if size % u64::from(block_size) != 0 {
+        if !size.is_multiple_of(u64::from(block_size)) {
             return Err(RamError::Size { size, block_size });
         }
         let too_big = || RamError::Map {
