@@ -7,6 +7,8 @@
 //! - [`controller`]: subsystems, ports and controllers that remote hosts connect to.
 //! - [`backend`]: what stores a namespace's blocks.
 
+pub mod backend;
+pub mod controller;
 pub mod host;
 pub mod spec;
 pub mod tcp;

@@ -1,0 +1,191 @@
+//! A raw image file, or a block device, as a namespace.
+
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::job::{Job, Target};
+use super::{Backend, BackendIo, BackendOp, Counters, Geometry};
+
+/// A file whose bytes are the namespace's, from the first to the last.
+#[derive(Debug)]
+pub struct FileBackend {
+    target: Arc<Target>,
+    geometry: Geometry,
+}
+
+/// Why a file cannot be a namespace. Each message is one line and says what to do.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum OpenError {
+    #[error("{0}: no such file; create it first, for example: truncate -s 10G {0}")]
+    NotFound(PathBuf),
+    #[error("{path}: permission denied; {fix}")]
+    Permission { path: PathBuf, fix: &'static str },
+    #[error("{0}: is a directory; name an image file or a block device")]
+    Directory(PathBuf),
+    #[error("{0}: is neither a regular file nor a block device")]
+    Kind(PathBuf),
+    #[error("{0}: is empty; give it a size, for example: truncate -s 10G {0}")]
+    Empty(PathBuf),
+    #[error(
+        "{path}: its size of {size} bytes is not a multiple of the block size {block_size}; \
+         extend it with: truncate -s %{block_size} {path}"
+    )]
+    Size {
+        path: PathBuf,
+        size: u64,
+        block_size: u32,
+    },
+    #[error("block size {0} is not supported; it is 512 or 4096")]
+    BlockSize(u32),
+    #[error("{path}: {what}; export it in one place only, or read-only (,ro) everywhere")]
+    InUse { path: PathBuf, what: &'static str },
+    #[error("{0}: is on a read-only file system; export it read-only (,ro)")]
+    ReadOnlyFileSystem(PathBuf),
+    #[error("{path}: {error}")]
+    Io { path: PathBuf, error: io::Error },
+}
+
+impl FileBackend {
+    /// Opens and locks a file: exclusively, or shared when `read_only`. The lock is advisory
+    /// (`flock`) and goes with the backend.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(path: &Path, block_size: u32, read_only: bool) -> Result<Self, OpenError> {
+        if !matches!(block_size, 512 | 4096) {
+            return Err(OpenError::BlockSize(block_size));
+        }
+        let failed = |error| open_error(path, read_only, error);
+        // Looked at before it is opened: opening a FIFO would wait for its other end.
+        let kind = Kind::of(&std::fs::metadata(path).map_err(failed)?, path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(!read_only);
+        if kind == Kind::BlockDevice && !read_only {
+            // Refused by the kernel while the device is mounted or otherwise taken.
+            options.custom_flags(libc::O_EXCL);
+        }
+        let mut file = options.open(path).map_err(failed)?;
+        lock(&file, path, read_only)?;
+        let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        if size == 0 {
+            return Err(OpenError::Empty(path.to_owned()));
+        }
+        if !size.is_multiple_of(u64::from(block_size)) {
+            return Err(OpenError::Size {
+                path: path.to_owned(),
+                size,
+                block_size,
+            });
+        }
+        Ok(Self {
+            target: Arc::new(Target {
+                file,
+                counters: Counters::default(),
+            }),
+            geometry: Geometry {
+                block_size,
+                block_count: size / u64::from(block_size),
+                read_only,
+                deallocate: !read_only,
+                deallocated_reads_zeroes: true,
+                volatile_cache: !read_only,
+            },
+        })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Regular,
+    BlockDevice,
+}
+
+impl Kind {
+    fn of(metadata: &Metadata, path: &Path) -> Result<Self, OpenError> {
+        let kind = metadata.file_type();
+        if kind.is_dir() {
+            Err(OpenError::Directory(path.to_owned()))
+        } else if kind.is_file() {
+            Ok(Self::Regular)
+        } else if kind.is_block_device() {
+            Ok(Self::BlockDevice)
+        } else {
+            Err(OpenError::Kind(path.to_owned()))
+        }
+    }
+}
+
+fn lock(file: &File, path: &Path, shared: bool) -> Result<(), OpenError> {
+    let locked = if shared {
+        file.try_lock_shared()
+    } else {
+        file.try_lock()
+    };
+    match locked {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse {
+            path: path.to_owned(),
+            what: if shared {
+                "someone has it open for writing"
+            } else {
+                "someone else has it locked"
+            },
+        }),
+        // Some network file systems have no locks. That is no reason to refuse the image.
+        Err(TryLockError::Error(error)) => {
+            tracing::warn!("{}: cannot be locked: {error}", path.display());
+            Ok(())
+        }
+    }
+}
+
+fn open_error(path: &Path, read_only: bool, error: io::Error) -> OpenError {
+    let path = path.to_owned();
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => OpenError::NotFound(path),
+        Some(libc::EACCES | libc::EPERM) => OpenError::Permission {
+            path,
+            fix: if read_only {
+                "it must be readable for this user"
+            } else {
+                "make it writable for this user, or export it read-only (,ro)"
+            },
+        },
+        Some(libc::EISDIR) => OpenError::Directory(path),
+        Some(libc::EROFS) => OpenError::ReadOnlyFileSystem(path),
+        Some(libc::EBUSY) => OpenError::InUse {
+            path,
+            what: "the device is mounted or otherwise in use",
+        },
+        _ => OpenError::Io { path, error },
+    }
+}
+
+impl Backend for FileBackend {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.target.counters
+    }
+
+    fn submit(&self, io: &mut BackendIo, op: BackendOp, token: u32) {
+        if let Err(status) = op.check(&self.geometry) {
+            self.target.counters.count_error();
+            return io.finish(token, op.into_transfer(), Err(status));
+        }
+        io.push(Job::new(Arc::clone(&self.target), op, token));
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.geometry.read_only {
+            return Ok(());
+        }
+        self.target.file.sync_data()
+    }
+}

@@ -1,0 +1,194 @@
+//! A lane's side of its backends: what is in flight, what waits, and what is done.
+
+use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
+use std::sync::Once;
+
+use super::Done;
+use super::job::Job;
+use super::pool::Mailbox;
+use super::syscall::Ring;
+use crate::spec::Status;
+use crate::transport::{Ready, Transfer};
+
+/// How file operations reach the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// An io_uring; threads where that is refused.
+    #[default]
+    Auto,
+    /// An io_uring; operations fail where that is refused.
+    Uring,
+    /// A pool of threads.
+    Threads,
+}
+
+enum State {
+    Unused,
+    Ring(Box<Ring>),
+    Threads(Mailbox),
+    Failed,
+}
+
+/// Owned by one lane. The engine is made by the first operation that needs one, so a lane over
+/// memory has none.
+///
+/// Operations that do not fit wait in order. Dropping it waits for the kernel to let go of every
+/// buffer; what had not begun is dropped.
+pub struct BackendIo {
+    engine: Engine,
+    state: State,
+    backlog: VecDeque<Job>,
+    done: VecDeque<Done>,
+    generation: u64,
+}
+
+impl BackendIo {
+    /// With nothing in flight and no engine yet.
+    pub fn new(engine: Engine) -> Self {
+        Self {
+            engine,
+            state: State::Unused,
+            backlog: VecDeque::new(),
+            done: VecDeque::new(),
+            generation: 0,
+        }
+    }
+
+    /// Changes when [`Self::descriptor`] does.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What becomes readable when something is done; `None` before the first operation that needs
+    /// an engine.
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match &self.state {
+            State::Unused | State::Failed => None,
+            State::Ring(ring) => Some(ring.fd()),
+            State::Threads(mailbox) => Some(mailbox.fd()),
+        }
+    }
+
+    /// Operations that were submitted and whose [`Done`] was not taken.
+    pub fn in_flight(&self) -> usize {
+        let engine = match &self.state {
+            State::Unused | State::Failed => 0,
+            State::Ring(ring) => ring.in_flight(),
+            State::Threads(mailbox) => mailbox.in_flight(),
+        };
+        engine + self.backlog.len() + self.done.len()
+    }
+
+    /// Reports an operation as done: for backends that need no engine, and for refusals.
+    pub fn finish(&mut self, token: u32, transfer: Transfer, result: Result<(), Status>) {
+        self.done.push_back(Done {
+            token,
+            transfer,
+            result,
+        });
+    }
+
+    /// Starts a job, or lets it wait until there is room.
+    pub(super) fn push(&mut self, job: Job) {
+        if job.is_empty() {
+            return self.done.push_back(job.finish(Ok(())));
+        }
+        if matches!(self.state, State::Unused) {
+            self.state = open(self.engine);
+            self.generation += 1;
+        }
+        match &mut self.state {
+            State::Ring(ring) if self.backlog.is_empty() => {
+                if let Err(job) = ring.push(job) {
+                    self.backlog.push_back(job);
+                }
+            }
+            State::Ring(_) => self.backlog.push_back(job),
+            State::Threads(mailbox) => mailbox.push(job),
+            State::Unused | State::Failed => {
+                self.done.push_back(job.finish(Err(Status::INTERNAL_ERROR)));
+            }
+        }
+    }
+
+    /// Gives the kernel what was submitted since the last call, in one system call. True when it
+    /// must be called again without sleeping.
+    pub fn flush(&mut self) -> bool {
+        match &mut self.state {
+            State::Ring(ring) => ring.submit(),
+            _ => false,
+        }
+    }
+
+    /// The next operation that is done. Call until `None` before sleeping, then [`Self::flush`].
+    pub fn done(&mut self) -> Option<Done> {
+        if let Some(done) = self.done.pop_front() {
+            return Some(done);
+        }
+        match &mut self.state {
+            State::Unused | State::Failed => None,
+            State::Threads(mailbox) => mailbox.take().map(|(job, result)| job.finish(result)),
+            State::Ring(ring) => {
+                let (job, result) = ring.take()?;
+                while !ring.is_full() {
+                    let Some(waiting) = self.backlog.pop_front() else {
+                        break;
+                    };
+                    if let Err(waiting) = ring.push(waiting) {
+                        self.backlog.push_front(waiting);
+                        break;
+                    }
+                }
+                Some(job.finish(result))
+            }
+        }
+    }
+
+    /// Takes note that the descriptor was readable; to be called before [`Self::done`].
+    pub fn acknowledge(&mut self, ready: &mut Ready) {
+        if ready.readable
+            && let State::Threads(mailbox) = &mut self.state
+        {
+            mailbox.acknowledge();
+        }
+        ready.readable = false;
+    }
+
+    /// Blocks until something may be done, when something is in flight: for callers without a
+    /// runtime.
+    pub fn wait(&mut self) {
+        if !self.done.is_empty() {
+            return;
+        }
+        match &mut self.state {
+            State::Unused | State::Failed => {}
+            State::Ring(ring) if ring.in_flight() > 0 => ring.wait(),
+            State::Ring(_) => {}
+            State::Threads(mailbox) => mailbox.wait(),
+        }
+    }
+}
+
+fn open(engine: Engine) -> State {
+    static REFUSED: Once = Once::new();
+    if engine != Engine::Threads {
+        match Ring::new() {
+            Ok(ring) => return State::Ring(Box::new(ring)),
+            Err(error) if engine == Engine::Uring => {
+                tracing::error!("io_uring cannot be used: {error}");
+                return State::Failed;
+            }
+            Err(error) => REFUSED.call_once(|| {
+                tracing::warn!("io_uring cannot be used ({error}): files are served by threads");
+            }),
+        }
+    }
+    match Mailbox::new() {
+        Ok(mailbox) => State::Threads(mailbox),
+        Err(error) => {
+            tracing::error!("files cannot be served: {error}");
+            State::Failed
+        }
+    }
+}

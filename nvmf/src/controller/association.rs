@@ -1,0 +1,201 @@
+//! An association: what the admin queue's task shares with Connects of I/O queues and with lanes.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, oneshot};
+
+use super::fabrics::{self, Refusal};
+use super::registers::Registers;
+use crate::spec::Status;
+use crate::spec::fabrics::connect_offset;
+use crate::spec::nqn::NQN_FIELD_LEN;
+
+/// Who made an association.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct HostIdentity {
+    pub(super) hostid: [u8; 16],
+    /// The whole field of the Connect data.
+    pub(super) hostnqn: [u8; NQN_FIELD_LEN],
+}
+
+struct State {
+    registers: Registers,
+    /// I/O queues granted by Number of Queues, once that was set.
+    granted: Option<u16>,
+    /// Connected I/O queues by QID; the sender tells the lane to end.
+    queues: BTreeMap<u16, Option<oneshot::Sender<()>>>,
+    over: bool,
+}
+
+/// See the module.
+pub(super) struct Association {
+    cntlid: u16,
+    host: HostIdentity,
+    /// Some command arrived on some queue since this was last taken.
+    traffic: AtomicBool,
+    state: Mutex<State>,
+    /// An I/O queue is gone.
+    changed: Notify,
+}
+
+/// An I/O queue's membership in its association: it lasts until this is dropped.
+pub(super) struct Membership {
+    association: Arc<Association>,
+    qid: u16,
+    ending: Option<oneshot::Receiver<()>>,
+}
+
+impl Association {
+    pub(super) fn new(cntlid: u16, host: HostIdentity, queue_size: u32) -> Self {
+        Self {
+            cntlid,
+            host,
+            traffic: AtomicBool::new(true),
+            state: Mutex::new(State {
+                registers: Registers::new(queue_size),
+                granted: None,
+                queues: BTreeMap::new(),
+                over: false,
+            }),
+            changed: Notify::new(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change under this lock is complete in itself.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn cntlid(&self) -> u16 {
+        self.cntlid
+    }
+
+    pub(super) fn host(&self) -> &HostIdentity {
+        &self.host
+    }
+
+    /// Runs `change` with the registers.
+    pub(super) fn registers<R>(&self, change: impl FnOnce(&mut Registers) -> R) -> R {
+        change(&mut self.state().registers)
+    }
+
+    /// Notes that the host is alive. Lanes call it once in a turn.
+    pub(super) fn mark(&self) {
+        self.traffic.store(true, Relaxed);
+    }
+
+    /// True when the host was alive since the last call.
+    pub(super) fn take_mark(&self) -> bool {
+        self.traffic.swap(false, Relaxed)
+    }
+
+    /// The number of I/O queues granted.
+    pub(super) fn granted(&self) -> Option<u16> {
+        self.state().granted
+    }
+
+    /// Grants I/O queues, once between two resets.
+    ///
+    /// # Errors
+    /// The status to answer with.
+    pub(super) fn grant(&self, queues: u16) -> Result<(), Status> {
+        let mut state = self.state();
+        if state.granted.is_some() {
+            return Err(Status::SEQUENCE_ERROR.do_not_retry());
+        }
+        state.granted = Some(queues);
+        Ok(())
+    }
+
+    /// Admits an I/O queue.
+    ///
+    /// # Errors
+    /// What to answer the Connect with.
+    pub(super) fn join(
+        self: &Arc<Self>,
+        qid: u16,
+        host: &HostIdentity,
+    ) -> Result<Membership, Refusal> {
+        let mut state = self.state();
+        if host.hostid != self.host.hostid {
+            return Err(fabrics::invalid(connect_offset::DATA_HOSTID, true));
+        }
+        if host.hostnqn != self.host.hostnqn {
+            return Err(fabrics::invalid(connect_offset::DATA_HOSTNQN, true));
+        }
+        if state.over || !state.registers.is_enabled() {
+            return Err(fabrics::invalid(connect_offset::DATA_CNTLID, true));
+        }
+        let Some(granted) = state.granted else {
+            return Err(Status::SEQUENCE_ERROR.do_not_retry().into());
+        };
+        if qid > granted {
+            return Err(fabrics::invalid(connect_offset::QID, false));
+        }
+        if state.queues.contains_key(&qid) {
+            return Err(Status::SEQUENCE_ERROR.do_not_retry().into());
+        }
+        let (end, ending) = oneshot::channel();
+        state.queues.insert(qid, Some(end));
+        Ok(Membership {
+            association: Arc::clone(self),
+            qid,
+            ending: Some(ending),
+        })
+    }
+
+    /// Tells every I/O queue to end and forgets the grant: a reset, a shutdown, or the end.
+    pub(super) fn close_queues(&self) {
+        let mut state = self.state();
+        state.granted = None;
+        for end in state.queues.values_mut().filter_map(Option::take) {
+            // A lane that has ended on its own needs no telling.
+            let _ = end.send(());
+        }
+    }
+
+    /// I/O queues that are not gone.
+    pub(super) fn queues(&self) -> usize {
+        self.state().queues.len()
+    }
+
+    /// Waits until some I/O queue is gone since the last time.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Marks the association as over: nothing joins it any more.
+    pub(super) fn set_over(&self) {
+        self.state().over = true;
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.state().over
+    }
+}
+
+impl Membership {
+    /// The association.
+    pub(super) fn association(&self) -> &Association {
+        &self.association
+    }
+
+    /// The queue.
+    pub(super) fn qid(&self) -> u16 {
+        self.qid
+    }
+
+    /// The message that the queue must end; taken once.
+    pub(super) fn take_ending(&mut self) -> Option<oneshot::Receiver<()>> {
+        self.ending.take()
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.association.state().queues.remove(&self.qid);
+        self.association.changed.notify_one();
+    }
+}

@@ -1,0 +1,479 @@
+//! A target lane: one controller-role I/O queue pair ⇄ the backends of its subsystem.
+//!
+//! A command goes through these stages; memory backends skip those in brackets, since the transport
+//! reads and writes their memory in place:
+//!
+//! ```text
+//! Read:  [wait for a buffer] → [backend] → send → respond
+//! Write: [wait for a buffer] → fetch → [backend] → respond
+//! Deallocate: wait for a buffer → fetch ranges → check all → backend, one range after another → respond
+//! Flush, Write Zeroes: backend → respond
+//! ```
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::os::fd::BorrowedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Context;
+
+use memdesc::{MemSink, MemSource};
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::association::Membership;
+use super::buffers::Buffers;
+use super::io::{self, Action, Plan, RANGE_LEN};
+use super::subsystem::Subsystem;
+use super::{Limits, Target, Totals};
+use crate::backend::{Backend, BackendIo, BackendOp, Done};
+use crate::spec::sqe::DsmRange;
+use crate::spec::{Cqe, Status};
+use crate::transport::{
+    Command, CommandTag, ControllerEvent, ControllerQueuePair, Lane, Ready, Transfer, Turn,
+};
+
+/// Events that one turn takes from the queue pair.
+const EVENTS_PER_TURN: usize = 128;
+
+/// A command in work.
+#[derive(Debug)]
+struct Slot {
+    plan: Plan,
+    /// Ranges to deallocate, and the next of them.
+    ranges: Option<MemSource>,
+    next_range: u16,
+}
+
+/// See the module. Made by [`super::Port`] for each I/O queue whose Connect was accepted.
+pub struct TargetLane {
+    /// Before the subsystem: it may refer to the memory of backends.
+    pair: Box<dyn ControllerQueuePair>,
+    io: BackendIo,
+    subsystem: Arc<Subsystem>,
+    membership: Membership,
+    ending: Option<oneshot::Receiver<()>>,
+    limits: Limits,
+    totals: Arc<Totals>,
+    slots: Vec<Option<Slot>>,
+    buffers: Buffers,
+    /// Commands that need a buffer, in order of arrival.
+    waiting: VecDeque<CommandTag>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// What a lane is made of; crosses to the worker's thread.
+pub(super) struct Parts {
+    pub(super) pair: Box<dyn ControllerQueuePair>,
+    pub(super) subsystem: Arc<Subsystem>,
+    pub(super) membership: Membership,
+    pub(super) queue_size: u32,
+    pub(super) permit: OwnedSemaphorePermit,
+}
+
+impl TargetLane {
+    /// To be called on the worker's thread.
+    pub(super) fn new(parts: Parts, target: &Target) -> Self {
+        let Parts {
+            pair,
+            subsystem,
+            mut membership,
+            queue_size,
+            permit,
+        } = parts;
+        let mut slots = Vec::new();
+        slots.resize_with(queue_size as usize, || None);
+        Self {
+            pair,
+            io: BackendIo::new(target.limits.engine),
+            subsystem,
+            ending: membership.take_ending(),
+            membership,
+            limits: target.limits.clone(),
+            totals: Arc::clone(&target.totals),
+            slots,
+            buffers: Buffers::new(target.limits.lane_buffers),
+            waiting: VecDeque::with_capacity(queue_size as usize),
+            _permit: permit,
+        }
+    }
+
+    fn backend(subsystem: &Subsystem, namespace: usize) -> &Arc<dyn Backend> {
+        subsystem.namespaces()[namespace].backend()
+    }
+
+    /// Takes a bounded number of events. True when there may be more.
+    fn events(&mut self) -> bool {
+        let mut commands = false;
+        let mut more = true;
+        for _ in 0..EVENTS_PER_TURN {
+            match self.pair.event() {
+                None => {
+                    more = false;
+                    break;
+                }
+                Some(ControllerEvent::Command(command)) => {
+                    commands = true;
+                    self.command(command);
+                }
+                Some(ControllerEvent::Fetched { tag, sink, result }) => {
+                    self.fetched(tag, sink, result);
+                }
+                Some(ControllerEvent::Sent { source, .. }) => {
+                    self.buffers.give_back_source(source);
+                }
+            }
+        }
+        if commands {
+            self.membership.association().mark();
+        }
+        more
+    }
+
+    fn command(&mut self, command: Command) {
+        let Command { tag, sqe, data_len } = command;
+        let plan = match io::plan(&sqe, data_len, &self.subsystem, &self.limits) {
+            Ok(plan) => plan,
+            Err(status) => return self.pair.respond(tag, Cqe::new(0, status)),
+        };
+        let index = usize::from(tag.0);
+        if index >= self.slots.len() {
+            // A transport may have more slots than the queue has entries; never more than 65536.
+            self.slots.resize_with(index + 1, || None);
+        }
+        self.slots[index] = Some(Slot {
+            plan,
+            ranges: None,
+            next_range: 0,
+        });
+        match plan.action {
+            Action::Read { .. } | Action::Write { .. } | Action::Deallocate { .. } => {
+                let started =
+                    self.in_place(tag, plan) || (self.waiting.is_empty() && self.staged(tag, plan));
+                if !started {
+                    self.waiting.push_back(tag);
+                }
+            }
+            Action::Flush => self.submit(tag, plan.namespace, BackendOp::Flush),
+            Action::WriteZeroes {
+                offset,
+                len,
+                may_unmap,
+                fua,
+            } => {
+                let op = BackendOp::WriteZeroes {
+                    offset,
+                    len,
+                    may_unmap,
+                    fua,
+                };
+                self.submit(tag, plan.namespace, op);
+            }
+            Action::Nothing => self.respond(tag, Ok(())),
+            Action::Disconnect => {
+                self.respond(tag, Ok(()));
+                // The answer leaves before the connection ends.
+                self.pair.flush(&mut Ready {
+                    readable: false,
+                    writable: true,
+                });
+                self.pair.end();
+            }
+        }
+    }
+
+    /// Serves a command from the backend's own memory, where it has that.
+    fn in_place(&mut self, tag: CommandTag, plan: Plan) -> bool {
+        let backend = Self::backend(&self.subsystem, plan.namespace);
+        match plan.action {
+            Action::Read { offset, len } => {
+                let mut list = self.buffers.list();
+                let Some(source) = backend.source(offset, len as usize, &mut list) else {
+                    return false;
+                };
+                backend.counters().count_read(u64::from(len));
+                self.send(tag, source);
+                true
+            }
+            Action::Write { offset, len, .. } => {
+                let mut list = self.buffers.list();
+                let Some(sink) = backend.sink(offset, len as usize, &mut list) else {
+                    return false;
+                };
+                self.fetch(tag, sink);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Begins to serve a command through a buffer. False when there is none now.
+    fn staged(&mut self, tag: CommandTag, plan: Plan) -> bool {
+        let len = match plan.action {
+            Action::Read { len, .. } | Action::Write { len, .. } => len as usize,
+            Action::Deallocate { ranges } => usize::from(ranges) * RANGE_LEN,
+            _ => return true,
+        };
+        let Some(sink) = self.buffers.sink(len) else {
+            return false;
+        };
+        match plan.action {
+            Action::Read { offset, .. } => {
+                self.submit(tag, plan.namespace, BackendOp::Read { offset, sink });
+            }
+            _ => self.fetch(tag, sink),
+        }
+        true
+    }
+
+    /// Goes on with commands that wait for buffers.
+    fn wake_waiting(&mut self) {
+        while let Some(&tag) = self.waiting.front() {
+            let slot = self.slots.get(usize::from(tag.0)).and_then(Option::as_ref);
+            if let Some(plan) = slot.map(|slot| slot.plan)
+                && !self.staged(tag, plan)
+            {
+                return;
+            }
+            self.waiting.pop_front();
+        }
+    }
+
+    fn fetch(&mut self, tag: CommandTag, sink: MemSink) {
+        if let Err((sink, status)) = self.pair.fetch(tag, 0, sink) {
+            self.buffers.give_back(Transfer::In(sink));
+            self.respond(tag, Err(status));
+        }
+    }
+
+    fn submit(&mut self, tag: CommandTag, namespace: usize, op: BackendOp) {
+        Self::backend(&self.subsystem, namespace).submit(&mut self.io, op, u32::from(tag.0));
+    }
+
+    /// Sends the data of a read, and answers it.
+    fn send(&mut self, tag: CommandTag, source: MemSource) {
+        match self.pair.send(tag, 0, source, true) {
+            Ok(()) => self.respond(tag, Ok(())),
+            Err((source, status)) => {
+                self.buffers.give_back_source(source);
+                self.respond(tag, Err(status));
+            }
+        }
+    }
+
+    fn respond(&mut self, tag: CommandTag, result: Result<(), Status>) {
+        if let Some(slot) = self.slots.get_mut(usize::from(tag.0)) {
+            *slot = None;
+        }
+        let status = result.err().unwrap_or(Status::SUCCESS);
+        self.pair.respond(tag, Cqe::new(0, status));
+    }
+
+    fn fetched(&mut self, tag: CommandTag, sink: MemSink, result: Result<(), Status>) {
+        let slot = self.slots.get_mut(usize::from(tag.0));
+        let Some(slot) = slot.and_then(Option::as_mut) else {
+            return self.buffers.give_back(Transfer::In(sink));
+        };
+        if let Err(status) = result {
+            self.buffers.give_back(Transfer::In(sink));
+            return self.respond(tag, Err(status));
+        }
+        let Plan { namespace, action } = slot.plan;
+        match action {
+            Action::Write { offset, len, fua } => {
+                let backend = Self::backend(&self.subsystem, namespace);
+                // A staged write's sink owns its memory; one in place is over now.
+                let (list, bytes) = sink.into_parts();
+                let Some(bytes) = bytes else {
+                    backend.counters().count_write(u64::from(len), fua);
+                    let empty = MemSource::from_segments(list);
+                    self.buffers.give_back_source(empty);
+                    return self.respond(tag, Ok(()));
+                };
+                let source = MemSource::from_bytes_with(bytes, list);
+                let op = BackendOp::Write {
+                    offset,
+                    source,
+                    fua,
+                };
+                self.submit(tag, namespace, op);
+            }
+            Action::Deallocate { ranges } => {
+                let source = sink.into_source();
+                let geometry = Self::backend(&self.subsystem, namespace).geometry();
+                let all_inside = (0..ranges).all(|index| {
+                    let range = range(&source, index);
+                    geometry
+                        .blocks(range.slba.get(), u64::from(range.nlb.get()))
+                        .is_some()
+                });
+                slot.ranges = Some(source);
+                if all_inside {
+                    self.next_range(tag);
+                } else {
+                    self.finish_ranges(tag, Err(Status::LBA_OUT_OF_RANGE.do_not_retry()));
+                }
+            }
+            _ => {
+                self.buffers.give_back(Transfer::In(sink));
+                self.respond(tag, Err(Status::INTERNAL_ERROR));
+            }
+        }
+    }
+
+    /// Deallocates the next range of a command that is not empty, or ends it.
+    fn next_range(&mut self, tag: CommandTag) {
+        let slot = self.slots.get_mut(usize::from(tag.0));
+        let Some(slot) = slot.and_then(Option::as_mut) else {
+            return;
+        };
+        let (Action::Deallocate { ranges }, Some(source)) = (slot.plan.action, &slot.ranges) else {
+            return;
+        };
+        let namespace = slot.plan.namespace;
+        let backend = Self::backend(&self.subsystem, namespace);
+        while slot.next_range < ranges {
+            let range = range(source, slot.next_range);
+            slot.next_range += 1;
+            let blocks = (range.slba.get(), u64::from(range.nlb.get()));
+            let bytes = backend.geometry().blocks(blocks.0, blocks.1);
+            if let Some((offset, len)) = bytes
+                && len > 0
+            {
+                let op = BackendOp::Deallocate { offset, len };
+                return self.submit(tag, namespace, op);
+            }
+        }
+        self.finish_ranges(tag, Ok(()));
+    }
+
+    fn finish_ranges(&mut self, tag: CommandTag, result: Result<(), Status>) {
+        let slot = self.slots.get_mut(usize::from(tag.0));
+        if let Some(source) = slot
+            .and_then(Option::as_mut)
+            .and_then(|it| it.ranges.take())
+        {
+            self.buffers.give_back_source(source);
+        }
+        self.respond(tag, result);
+    }
+
+    /// Takes everything that the backends have done, and starts what that makes possible.
+    fn backend_done(&mut self) {
+        while let Some(Done {
+            token,
+            transfer,
+            result,
+        }) = self.io.done()
+        {
+            let tag = CommandTag(token as u16);
+            let slot = self.slots.get(usize::from(tag.0)).and_then(Option::as_ref);
+            let action = slot.map(|slot| slot.plan.action);
+            match (action, transfer, result) {
+                (Some(Action::Read { .. }), Transfer::In(sink), Ok(())) => {
+                    self.send(tag, sink.into_source());
+                }
+                (Some(Action::Deallocate { .. }), _, Ok(())) => self.next_range(tag),
+                (Some(Action::Deallocate { .. }), _, Err(status)) => {
+                    self.finish_ranges(tag, Err(status));
+                }
+                (_, transfer, result) => {
+                    self.buffers.give_back(transfer);
+                    self.respond(tag, result);
+                }
+            }
+        }
+    }
+}
+
+/// One range of a Dataset Management command; its data is known to hold it.
+fn range(source: &MemSource, index: u16) -> DsmRange {
+    let mut range = [0; RANGE_LEN];
+    let copied = source.copy_to(usize::from(index) * RANGE_LEN, &mut range);
+    debug_assert!(copied.is_ok(), "the ranges were fetched whole");
+    DsmRange::read_from_bytes(range.as_bytes()).unwrap_or_default()
+}
+
+impl Lane for TargetLane {
+    fn generation(&self) -> u64 {
+        self.io.generation()
+    }
+
+    fn descriptors<'a>(&'a self, out: &mut Vec<BorrowedFd<'a>>) {
+        out.push(self.pair.interest().fd);
+        out.extend(self.io.descriptor());
+    }
+
+    fn wants_write(&self, index: usize) -> bool {
+        index == 0 && self.pair.interest().writable
+    }
+
+    fn poll_mailbox(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(ending) = &mut self.ending else {
+            return false;
+        };
+        if Pin::new(ending).poll(cx).is_pending() {
+            return false;
+        }
+        self.ending = None;
+        self.pair.end();
+        true
+    }
+
+    fn turn(&mut self, ready: &mut [Ready]) -> Turn {
+        let mut unwatched = Ready::default();
+        let (pair_ready, io_ready) = match ready {
+            [] => return Turn::Idle,
+            [pair] => (pair, &mut unwatched),
+            [pair, io, ..] => (pair, io),
+        };
+        let mut again = false;
+        if self.pair.ending().is_none() {
+            again |= self.pair.progress(pair_ready);
+        }
+        self.io.acknowledge(io_ready);
+        self.backend_done();
+        self.wake_waiting();
+        again |= self.events();
+        // One call starts everything that this turn submitted; what ends at once is answered in
+        // this turn.
+        again |= self.io.flush();
+        self.backend_done();
+        self.pair.flush(pair_ready);
+        if self.waiting.is_empty() {
+            again |= self.io.flush();
+        } else {
+            // What was sent gives its buffers back.
+            again |= self.events();
+            self.wake_waiting();
+            again |= self.io.flush();
+            self.pair.flush(pair_ready);
+        }
+        if self.pair.ending().is_none() {
+            return if again { Turn::Again } else { Turn::Idle };
+        }
+        self.waiting.clear();
+        match (self.events(), self.io.in_flight()) {
+            (true, _) => Turn::Again,
+            (false, 0) => Turn::Ended,
+            (false, _) => Turn::Idle,
+        }
+    }
+}
+
+impl Drop for TargetLane {
+    fn drop(&mut self) {
+        let counters = self.pair.counters();
+        self.totals.add(counters);
+        let association = self.membership.association();
+        tracing::debug!(
+            cntlid = association.cntlid(),
+            qid = self.membership.qid(),
+            ending = self.pair.ending().map(tracing::field::display),
+            copied_bytes = counters.copied_bytes,
+            sends = counters.sends,
+            receives = counters.receives,
+            "I/O queue ended"
+        );
+    }
+}

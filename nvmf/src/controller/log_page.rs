@@ -1,0 +1,139 @@
+//! What Get Log Page answers: error information, health, firmware slots, commands and effects.
+
+use super::Limits;
+use super::identify::firmware;
+use super::subsystem::Subsystem;
+use crate::spec::opcode::{admin, nvm};
+use crate::spec::{Sqe, Status};
+
+/// Log page identifiers that are supported.
+pub(super) mod lid {
+    pub(in super::super) const ERROR: u8 = 0x01;
+    pub(in super::super) const HEALTH: u8 = 0x02;
+    pub(in super::super) const FIRMWARE: u8 = 0x03;
+    pub(in super::super) const EFFECTS: u8 = 0x05;
+}
+
+/// Bytes of a data unit in the health log.
+const DATA_UNIT: u64 = 512 * 1000;
+
+/// A request for part of a log page.
+struct Request {
+    lid: u8,
+    offset: u64,
+    len: u64,
+}
+
+impl Request {
+    fn from_sqe(sqe: &Sqe) -> Self {
+        let numd = u64::from(sqe.cdw10.get() >> 16) | u64::from(sqe.cdw11.get() & 0xffff) << 16;
+        Self {
+            lid: sqe.cdw10.get() as u8,
+            offset: u64::from(sqe.cdw12.get()) | u64::from(sqe.cdw13.get()) << 32,
+            // Zero-based dwords.
+            len: (numd + 1) * 4,
+        }
+    }
+}
+
+/// Answers Get Log Page: as many bytes as it asks for, zeroes after the end of the page.
+///
+/// # Errors
+/// The status to answer with.
+pub(super) fn get(
+    sqe: &Sqe,
+    data_len: u32,
+    subsystem: &Subsystem,
+    hours: u64,
+    limits: &Limits,
+) -> Result<Vec<u8>, Status> {
+    let invalid = Err(Status::INVALID_FIELD.do_not_retry());
+    let request = Request::from_sqe(sqe);
+    // Everything is checked before anything is allocated.
+    let bound = u64::from(data_len.min(limits.max_transfer));
+    if !request.offset.is_multiple_of(4) || request.len > bound {
+        return invalid;
+    }
+    let page = match request.lid {
+        // No error is ever recorded, so every entry, at any offset, is an empty one.
+        lid::ERROR => return Ok(vec![0; request.len as usize]),
+        lid::HEALTH => health(subsystem, hours),
+        lid::FIRMWARE => firmware_slots(),
+        lid::EFFECTS => effects(),
+        _ => return invalid,
+    };
+    if request.offset >= page.len() as u64 {
+        return invalid;
+    }
+    let mut part = page;
+    part.drain(..request.offset as usize);
+    part.resize(request.len as usize, 0);
+    Ok(part)
+}
+
+/// SMART / Health Information: what was counted by the backends since the process started.
+fn health(subsystem: &Subsystem, hours: u64) -> Vec<u8> {
+    const AVAILABLE_SPARE: usize = 3;
+    let mut page = vec![0; 512];
+    page[AVAILABLE_SPARE] = 100;
+    let (mut reads, mut writes, mut read, mut written) = (0, 0, 0, 0);
+    for namespace in subsystem.namespaces() {
+        let counts = namespace.backend().counters().read();
+        reads += counts.reads;
+        writes += counts.writes;
+        read += counts.read_bytes;
+        written += counts.written_bytes;
+    }
+    // 128-bit counters; data units are rounded up.
+    for (at, value) in [
+        (32, read.div_ceil(DATA_UNIT)),
+        (48, written.div_ceil(DATA_UNIT)),
+        (64, reads),
+        (80, writes),
+        // Power cycles.
+        (112, 1),
+        (128, hours),
+    ] {
+        page[at..at + 8].copy_from_slice(&u64::to_le_bytes(value));
+    }
+    page
+}
+
+fn firmware_slots() -> Vec<u8> {
+    let mut page = vec![0; 512];
+    // Slot 1 is active, and holds this build.
+    page[0] = 1;
+    page[8..16].copy_from_slice(&firmware());
+    page
+}
+
+/// Commands Supported and Effects.
+fn effects() -> Vec<u8> {
+    const SUPPORTED: u32 = 1;
+    /// The command may change blocks.
+    const LBCC: u32 = 1 << 1;
+    const IO: usize = 1024;
+    let mut page = vec![0; 4096];
+    let mut set = |at: usize, opcode: u8, value: u32| {
+        let at = at + usize::from(opcode) * 4;
+        page[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    };
+    for opcode in [
+        admin::GET_LOG_PAGE,
+        admin::IDENTIFY,
+        admin::ABORT,
+        admin::SET_FEATURES,
+        admin::GET_FEATURES,
+        admin::ASYNC_EVENT_REQUEST,
+        admin::KEEP_ALIVE,
+    ] {
+        set(0, opcode, SUPPORTED);
+    }
+    for opcode in [nvm::FLUSH, nvm::READ] {
+        set(IO, opcode, SUPPORTED);
+    }
+    for opcode in [nvm::WRITE, nvm::WRITE_ZEROES, nvm::DATASET_MANAGEMENT] {
+        set(IO, opcode, SUPPORTED | LBCC);
+    }
+    page
+}

@@ -1,0 +1,152 @@
+//! A port: listens, and gives every connection a task of its own.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::{Target, connection};
+
+/// Time for associations to end when the target shuts down.
+const FAREWELL: Duration = Duration::from_millis(800);
+/// Pause after a failure to accept: for want of descriptors, mostly.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// An address cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}: {error}{hint}")]
+pub struct BindError {
+    /// The address.
+    pub address: SocketAddr,
+    /// What the operating system says.
+    pub error: io::Error,
+    hint: &'static str,
+}
+
+impl BindError {
+    fn new(address: SocketAddr, error: io::Error) -> Self {
+        let hint = match error.kind() {
+            io::ErrorKind::AddrInUse => "; stop what uses the port, or choose another one",
+            io::ErrorKind::PermissionDenied => "; choose a port above 1023",
+            io::ErrorKind::AddrNotAvailable => "; choose an address of this machine",
+            _ => "",
+        };
+        Self {
+            address,
+            error,
+            hint,
+        }
+    }
+}
+
+/// Listening sockets of a target.
+pub struct Port {
+    target: Arc<Target>,
+    listeners: Vec<TcpListener>,
+}
+
+impl Port {
+    /// Listens on every address.
+    ///
+    /// # Errors
+    /// [`BindError`] for the first address that cannot be had; none stays bound then.
+    pub async fn bind(target: Arc<Target>, addresses: &[SocketAddr]) -> Result<Self, BindError> {
+        let mut listeners = Vec::new();
+        for &address in addresses {
+            let bound = TcpListener::bind(address).await;
+            listeners.push(bound.map_err(|error| BindError::new(address, error))?);
+        }
+        Ok(Self { target, listeners })
+    }
+
+    /// The addresses that are listened on, with the ports that the system chose for 0.
+    pub fn local_addrs(&self) -> Vec<SocketAddr> {
+        let addresses = self.listeners.iter().map(TcpListener::local_addr);
+        addresses.filter_map(Result::ok).collect()
+    }
+
+    /// Serves hosts until `shutdown` is ready, then ends all associations and returns within a
+    /// second.
+    pub async fn serve(self, shutdown: impl Future<Output = ()>) {
+        let (down, seen) = watch::channel(false);
+        let mut tasks = Tasks {
+            connections: Arc::new(Semaphore::new(self.target.limits.max_connections)),
+            target: self.target,
+            shutdown: seen,
+            running: JoinSet::new(),
+        };
+        let mut shutdown = std::pin::pin!(shutdown);
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                Some(_) = tasks.running.join_next(), if !tasks.running.is_empty() => {}
+                accepted = accept(&self.listeners) => match accepted {
+                    Ok((stream, peer)) => tasks.admit(stream, peer),
+                    Err(error) => {
+                        if tasks.target.quota.allow() {
+                            tracing::warn!(%error, "a connection could not be accepted");
+                        }
+                        tokio::select! {
+                            () = &mut shutdown => break,
+                            () = sleep(ACCEPT_PAUSE) => {}
+                        }
+                    }
+                },
+            }
+        }
+        drop(self.listeners);
+        down.send_replace(true);
+        let all = async { while tasks.running.join_next().await.is_some() {} };
+        if timeout(FAREWELL, all).await.is_err() {
+            tracing::warn!("some associations did not end in time");
+        }
+    }
+}
+
+async fn accept(listeners: &[TcpListener]) -> io::Result<(TcpStream, SocketAddr)> {
+    std::future::poll_fn(|cx| {
+        for listener in listeners {
+            if let Poll::Ready(accepted) = listener.poll_accept(cx) {
+                return Poll::Ready(accepted);
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// The connections of a port.
+struct Tasks {
+    target: Arc<Target>,
+    connections: Arc<Semaphore>,
+    shutdown: watch::Receiver<bool>,
+    /// Aborted when dropped.
+    running: JoinSet<()>,
+}
+
+impl Tasks {
+    fn admit(&mut self, stream: TcpStream, peer: SocketAddr) {
+        let target = Arc::clone(&self.target);
+        let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
+            if target.quota.allow() {
+                tracing::warn!(%peer, "connection dropped: there are too many");
+            }
+            return;
+        };
+        let shutdown = self.shutdown.clone();
+        self.running.spawn(async move {
+            let served = connection::serve(&target, stream, peer, permit, shutdown).await;
+            if let Err(failure) = served
+                && target.quota.allow()
+            {
+                tracing::info!(%peer, "connection closed: {failure}");
+            }
+        });
+    }
+}

@@ -1,0 +1,217 @@
+//! A subsystem: its name, its namespaces, who may use it, and the controllers it has given out.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use uuid::Uuid;
+
+use super::association::Association;
+use crate::backend::Backend;
+use crate::spec::Nqn;
+use crate::spec::fabrics::CNTLID_MAX;
+
+/// Largest NSID that a subsystem gives out.
+pub(super) const MAX_NSID: u32 = 1024;
+
+/// A namespace: storage with an identity.
+pub struct Namespace {
+    nsid: u32,
+    uuid: Uuid,
+    backend: Arc<dyn Backend>,
+}
+
+impl Namespace {
+    /// Namespace identifier, from 1.
+    pub fn nsid(&self) -> u32 {
+        self.nsid
+    }
+
+    /// Its UUID; the same 16 bytes are its NGUID.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    /// Its storage.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+}
+
+/// Why a namespace was not added.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NamespaceError {
+    /// The NSID is not in range.
+    #[error("namespace ID {0} is not between 1 and {MAX_NSID}")]
+    Range(u32),
+    /// The NSID is taken.
+    #[error("namespace ID {0} is used twice")]
+    Nsid(u32),
+    /// The UUID is taken, or nil.
+    #[error("UUID {0} is used twice, or nil; every namespace needs a UUID of its own")]
+    Uuid(Uuid),
+}
+
+#[derive(Default)]
+struct Controllers {
+    last: u16,
+    by_id: BTreeMap<u16, Arc<Association>>,
+}
+
+/// A subsystem. It is complete before a [`super::Target`] is made of it.
+pub struct Subsystem {
+    nqn: Nqn,
+    serial: String,
+    hosts: Vec<Nqn>,
+    namespaces: Vec<Namespace>,
+    controllers: Mutex<Controllers>,
+}
+
+impl Subsystem {
+    /// An empty subsystem that any host may use. `serial` is cut to 20 printable ASCII characters.
+    pub fn new(nqn: Nqn, serial: &str) -> Self {
+        let printable = serial.chars().filter(|c| c.is_ascii() && !c.is_control());
+        Self {
+            nqn,
+            serial: printable.take(20).collect(),
+            hosts: Vec::new(),
+            namespaces: Vec::new(),
+            controllers: Mutex::default(),
+        }
+    }
+
+    /// Lets a host in; from the first call on, only hosts that were named.
+    pub fn allow_host(&mut self, host: Nqn) {
+        self.hosts.push(host);
+    }
+
+    /// Adds a namespace.
+    ///
+    /// # Errors
+    /// [`NamespaceError`].
+    pub fn add_namespace(
+        &mut self,
+        nsid: u32,
+        uuid: Uuid,
+        backend: Arc<dyn Backend>,
+    ) -> Result<(), NamespaceError> {
+        if !(1..=MAX_NSID).contains(&nsid) {
+            return Err(NamespaceError::Range(nsid));
+        }
+        let Err(at) = self.namespaces.binary_search_by_key(&nsid, |ns| ns.nsid) else {
+            return Err(NamespaceError::Nsid(nsid));
+        };
+        if uuid.is_nil() || self.namespaces.iter().any(|ns| ns.uuid == uuid) {
+            return Err(NamespaceError::Uuid(uuid));
+        }
+        let namespace = Namespace {
+            nsid,
+            uuid,
+            backend,
+        };
+        self.namespaces.insert(at, namespace);
+        Ok(())
+    }
+
+    /// Its name.
+    pub fn nqn(&self) -> &Nqn {
+        &self.nqn
+    }
+
+    /// Its serial number.
+    pub fn serial(&self) -> &str {
+        &self.serial
+    }
+
+    /// Its namespaces, by ascending NSID.
+    pub fn namespaces(&self) -> &[Namespace] {
+        &self.namespaces
+    }
+
+    /// The place of a namespace in [`Self::namespaces`].
+    pub(super) fn find(&self, nsid: u32) -> Option<usize> {
+        let found = self.namespaces.binary_search_by_key(&nsid, |ns| ns.nsid);
+        found.ok()
+    }
+
+    /// True when some write may be lost without a flush.
+    pub(super) fn has_volatile_cache(&self) -> bool {
+        let mut all = self.namespaces.iter();
+        all.any(|ns| ns.backend.geometry().volatile_cache)
+    }
+
+    pub(super) fn allows(&self, host: &Nqn) -> bool {
+        self.hosts.is_empty() || self.hosts.contains(host)
+    }
+
+    fn controllers(&self) -> MutexGuard<'_, Controllers> {
+        // Every change is a single insertion or removal.
+        self.controllers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the controller that `make` makes a CNTLID: the next free one after the last that was
+    /// given out, so that a late Connect for a controller that is gone does not find its successor.
+    pub(super) fn register(
+        &self,
+        make: impl FnOnce(u16) -> Association,
+    ) -> Option<Arc<Association>> {
+        let mut controllers = self.controllers();
+        let mut id = controllers.last;
+        for _ in 0..CNTLID_MAX {
+            id = if id >= CNTLID_MAX { 1 } else { id + 1 };
+            if let Entry::Vacant(free) = controllers.by_id.entry(id) {
+                let association = Arc::new(make(id));
+                free.insert(Arc::clone(&association));
+                controllers.last = id;
+                return Some(association);
+            }
+        }
+        None
+    }
+
+    pub(super) fn unregister(&self, cntlid: u16) {
+        self.controllers().by_id.remove(&cntlid);
+    }
+
+    /// The controller with this CNTLID, unless its association is over.
+    pub(super) fn controller(&self, cntlid: u16) -> Option<Arc<Association>> {
+        let found = self.controllers().by_id.get(&cntlid).cloned();
+        found.filter(|association| !association.is_over())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::RamBackend;
+
+    fn ram() -> Arc<dyn Backend> {
+        Arc::new(RamBackend::new(1 << 20, 512).unwrap())
+    }
+
+    #[test]
+    fn namespaces_are_kept_in_order_and_have_one_identity_each() {
+        let mut subsystem = Subsystem::new(Nqn::new("nqn.2026-01.org.example:s").unwrap(), "1");
+        let (a, b) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        subsystem.add_namespace(5, a, ram()).unwrap();
+        subsystem.add_namespace(2, b, ram()).unwrap();
+        let nsids: Vec<u32> = subsystem.namespaces().iter().map(Namespace::nsid).collect();
+        assert_eq!(nsids, [2, 5]);
+        let again = subsystem.add_namespace(5, Uuid::from_u128(3), ram());
+        assert_eq!(again, Err(NamespaceError::Nsid(5)));
+        let again = subsystem.add_namespace(6, a, ram());
+        assert_eq!(again, Err(NamespaceError::Uuid(a)));
+        let zero = subsystem.add_namespace(0, Uuid::from_u128(3), ram());
+        assert_eq!(zero, Err(NamespaceError::Range(0)));
+        assert_eq!((subsystem.find(5), subsystem.find(3)), (Some(1), None));
+    }
+
+    #[test]
+    fn a_serial_is_cut_to_what_the_field_holds() {
+        let nqn = Nqn::new("nqn.2026-01.org.example:s").unwrap();
+        let subsystem = Subsystem::new(nqn, "äabc\ndefghijklmnopqrstuvwxyz");
+        assert_eq!(subsystem.serial(), "abcdefghijklmnopqrst");
+    }
+}
