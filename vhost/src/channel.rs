@@ -9,18 +9,26 @@
 use std::io::{self, IoSliceMut, Write};
 use std::os::unix::net::UnixStream;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{ioctl_fionread, retry_on_intr};
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recv, recvmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 
 /// Bytes of a message header.
 const HEADER: usize = 12;
 
-/// Largest body of an unusable message that is skipped; past this the peer is not speaking
-/// vhost-user.
+/// Largest body that is waited for, and skipped if it is of no use; past this the peer is not
+/// speaking vhost-user.
 const MAX_SKIPPED: usize = 64 * 1024;
 
 /// Bytes of the fixed part of a configuration message: offset, size, flags.
 const CONFIG_PAYLOAD: usize = 12;
+
+/// How often to look again for the rest of a message that did not arrive at once.
+const RECHECK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 1_000_000,
+};
 
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
@@ -98,65 +106,86 @@ impl Channel {
     pub(crate) fn new(stream: UnixStream) -> Self {
         Self {
             stream,
-            peeked: vec![0; HEADER + MAX_MSG_SIZE],
+            peeked: vec![0; HEADER + MAX_MSG_SIZE + 1],
         }
     }
 
     /// Waits for the next message and looks at it without taking it. `None` when the front-end has
     /// closed the connection between two messages.
     pub(crate) fn peek(&mut self) -> io::Result<Option<Message>> {
-        let (seen, with_files) = self.peek_at(HEADER)?;
+        let (seen, _) = self.look(1)?;
         if seen == 0 {
             return Ok(None);
         }
-        let word = |at: usize| {
-            let [a, b, c, d] = [0, 1, 2, 3].map(|byte| self.peeked[at + byte]);
-            u32::from_le_bytes([a, b, c, d])
-        };
-        let (request, flags, size) = (word(0), word(4), word(8));
-        let size = usize::try_from(size).unwrap_or(usize::MAX);
+        self.wait_for(HEADER)?;
+        let (seen, _) = self.look(HEADER)?;
         if seen < HEADER {
             return Err(io::Error::other("message header cut short"));
         }
-        let total = HEADER + size.min(MAX_MSG_SIZE);
-        let (seen, _) = self.peek_at(total)?;
+        let word = |at: usize| {
+            let bytes = [0, 1, 2, 3].map(|byte| self.peeked[at + byte]);
+            u32::from_le_bytes(bytes)
+        };
+        let (request, flags) = (word(0), word(4));
+        let size = usize::try_from(word(8)).unwrap_or(usize::MAX);
+        if size > MAX_SKIPPED {
+            return Err(io::Error::other("not a vhost-user message"));
+        }
+        // One byte more than the message: see `look`.
+        let most = HEADER + size.min(MAX_MSG_SIZE);
+        let whole = self.wait_for(most)? && size <= MAX_MSG_SIZE;
+        let (seen, files) = self.look(most + 1)?;
         let mut config = [0; CONFIG_PAYLOAD];
-        let present = seen.saturating_sub(HEADER).min(CONFIG_PAYLOAD);
+        let present = seen.min(most).saturating_sub(HEADER).min(CONFIG_PAYLOAD);
         config[..present].copy_from_slice(&self.peeked[HEADER..HEADER + present]);
         Ok(Some(Message {
             request,
             flags,
             size,
-            with_files,
-            whole: seen == HEADER.saturating_add(size),
+            with_files: files && seen <= most,
+            whole,
             config,
         }))
     }
 
-    /// Waits for `len` bytes and looks at them. Returns how many there are, which is fewer at the
-    /// end of the stream or behind attached files, and whether there are such files: without room
-    /// for them the kernel says that it left them out, and keeps them for whoever takes the bytes.
-    fn peek_at(&mut self, len: usize) -> io::Result<(usize, bool)> {
+    /// Waits for a byte and looks at up to `len`. Returns how many there are, and whether files
+    /// came with the last of them: without room for files the kernel says that it left them out,
+    /// and keeps them for whoever takes the bytes.
+    ///
+    /// The kernel looks no further than the end of what was sent together with files. When it gets
+    /// to `len` before that, it may report the files of the message behind, too; so whoever asks
+    /// for files must ask for more bytes than those of one message, and see fewer.
+    fn look(&mut self, len: usize) -> io::Result<(usize, bool)> {
         let mut no_files = RecvAncillaryBuffer::default();
-        let flags = RecvFlags::PEEK | RecvFlags::WAITALL | RecvFlags::CMSG_CLOEXEC;
+        let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
         let buffer = &mut [IoSliceMut::new(&mut self.peeked[..len])];
-        let message = rustix::io::retry_on_intr(|| {
-            recvmsg(&self.stream, &mut *buffer, &mut no_files, flags)
-        })?;
+        let message = retry_on_intr(|| recvmsg(&self.stream, &mut *buffer, &mut no_files, flags))?;
         Ok((message.bytes, message.flags.contains(ReturnFlags::CTRUNC)))
+    }
+
+    /// Waits until `len` bytes can be received; false when the front-end left before it sent them.
+    /// Front-ends send a message at once, so there is hardly ever anything to wait for, and the
+    /// kernel has no way to wait for more than some data without taking it.
+    fn wait_for(&self, len: usize) -> io::Result<bool> {
+        let arrived = || ioctl_fionread(&self.stream).map(|bytes| bytes >= len as u64);
+        loop {
+            if arrived()? {
+                return Ok(true);
+            }
+            let mut hang_up = [PollFd::new(&self.stream, PollFlags::RDHUP)];
+            if retry_on_intr(|| poll(&mut hang_up, Some(&RECHECK)))? > 0 {
+                return Ok(arrived()?);
+            }
+        }
     }
 
     /// Takes an unusable message out of the socket; files that came with it are closed.
     pub(crate) fn skip(&mut self, message: &Message) -> io::Result<()> {
-        if message.size > MAX_SKIPPED {
-            return Err(io::Error::other("not a vhost-user message"));
-        }
         let mut left = HEADER + message.size;
         while left > 0 {
             let most = left.min(self.peeked.len());
             let room = &mut self.peeked[..most];
-            let (taken, _) =
-                rustix::io::retry_on_intr(|| recv(&self.stream, &mut *room, RecvFlags::WAITALL))?;
+            let (taken, _) = retry_on_intr(|| recv(&self.stream, &mut *room, RecvFlags::WAITALL))?;
             if taken == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }

@@ -17,6 +17,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use crate::blk::config;
+use crate::complaints::Complaints;
 use crate::device::{Device, MAX_MEMORY_SLOTS, has, protocol_features};
 use crate::memory::{GuestMap, RegionSpec};
 use crate::queue::{Queue, QueueSetup, QueueUpdate};
@@ -27,6 +28,7 @@ use crate::vring::{Kick, MAX_RING_SIZE, RingAddresses, Signal, Vring};
 pub(crate) struct FrontEnd {
     device: Arc<Device>,
     rings: Arc<dyn Rings>,
+    complaints: Arc<Complaints>,
     /// Features that the front-end accepted; `None` until it has.
     features: Option<u64>,
     /// Protocol features as the message library understands them, accepted or not.
@@ -47,11 +49,16 @@ fn refuse(reason: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VhostE
 }
 
 impl FrontEnd {
-    pub(crate) fn new(device: Arc<Device>, rings: Arc<dyn Rings>) -> Self {
+    pub(crate) fn new(
+        device: Arc<Device>,
+        rings: Arc<dyn Rings>,
+        complaints: Arc<Complaints>,
+    ) -> Self {
         let count = usize::from(device.options().num_queues);
         Self {
             device,
             rings,
+            complaints,
             features: None,
             protocol_features: 0,
             offered: false,
@@ -146,6 +153,7 @@ impl FrontEnd {
             call: vring.call.clone(),
             err: vring.err.clone(),
             write_through,
+            complaints: Arc::clone(&self.complaints),
         };
         let queue = Queue::new(setup).map_err(|reason| refuse(format!("ring {at}: {reason}")))?;
         vring.running = true;
@@ -156,7 +164,9 @@ impl FrontEnd {
     /// Starts whatever became ready by a change that is not a ring's own.
     fn start_all_ready(&mut self) {
         for at in 0..self.vrings.len() {
-            if let Err(error) = self.start_if_ready(at) {
+            if let Err(error) = self.start_if_ready(at)
+                && self.complaints.allow()
+            {
                 tracing::warn!(%error, "cannot start a ring yet");
             }
         }
@@ -338,10 +348,9 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
         // The library has no way to refuse this one; a ring that does not exist stands at 0.
         let Ok((at, _)) = self.vring(index) else {
-            tracing::warn!(
-                ring = index,
-                "asked for the base of a ring that does not exist"
-            );
+            if self.complaints.allow() {
+                tracing::warn!(ring = index, "no such ring to give the base of");
+            }
             return Ok(VhostUserVringState::new(index, 0));
         };
         self.stop(at);
@@ -357,13 +366,7 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
         let (at, vring) = self.vring(u32::from(index))?;
         vring.kick = match file {
             Some(file) => Kick::Descriptor(Arc::new(file)),
-            None => {
-                tracing::warn!(
-                    ring = at,
-                    "no kicks: the ring is scanned only when it changes"
-                );
-                Kick::Silent
-            }
+            None => Kick::Silent,
         };
         if vring.running {
             let kick = vring.kick.descriptor();

@@ -15,6 +15,7 @@
 mod blk;
 mod chain;
 mod channel;
+mod complaints;
 mod device;
 mod front_end;
 mod generation;
@@ -33,3 +34,6 @@ pub use queue::{Queue, QueueUpdate, Request};
 pub use session::{Rings, SessionError, serve};
 pub use token::Token;
 pub use vring::Signal;
+
+#[cfg(test)]
+mod guest;

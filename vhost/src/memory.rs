@@ -281,3 +281,6 @@ impl GuestMap {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,16 +4,15 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use memdesc::{MemSink, MemSource, Segment};
+use memdesc::Segment;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES};
 use virtio_queue::{Error as RingError, Queue as Ring, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::blk::request::{
-    BlkStatus, HEADER, Header, Kind, Operation, RangeBytes, RangeLimits, SectorRanges, is_transfer,
-};
-use crate::chain::{BrokenRing, Chain, Half};
+use crate::blk::parse::{NotTaken, Parser};
+use crate::blk::request::{BlkStatus, HEADER, Operation};
+use crate::chain::{BrokenRing, Chain};
+use crate::complaints::Complaints;
 use crate::device::{Device, has};
 use crate::generation::Generations;
 use crate::memory::GuestMap;
@@ -65,6 +64,7 @@ pub(crate) struct QueueSetup {
     pub(crate) call: Option<Signal>,
     pub(crate) err: Option<Signal>,
     pub(crate) write_through: bool,
+    pub(crate) complaints: Arc<Complaints>,
 }
 
 /// One ring that runs. Owned by one worker; it has no lock inside.
@@ -80,6 +80,10 @@ pub struct Queue {
     features: u64,
     ring: Ring,
     used: UsedRing,
+    /// The newest generation of guest memory that holds all of the ring.
+    home: Arc<GuestMap>,
+    /// The newest generation does not hold the ring.
+    suspended: bool,
     generations: Generations,
     tokens: Tokens,
     chain: Chain,
@@ -90,25 +94,7 @@ pub struct Queue {
     /// The driver was asked to kick.
     armed: bool,
     broken: Option<BrokenRing>,
-}
-
-/// Why a chain does not become a request for the worker.
-enum NotTaken {
-    /// It is answered here with a status, after this many bytes were written besides that.
-    Answer(BlkStatus, u32),
-    Broken(BrokenRing),
-}
-
-impl From<BrokenRing> for NotTaken {
-    fn from(reason: BrokenRing) -> Self {
-        Self::Broken(reason)
-    }
-}
-
-impl From<BlkStatus> for NotTaken {
-    fn from(status: BlkStatus) -> Self {
-        Self::Answer(status, 0)
-    }
+    complaints: Arc<Complaints>,
 }
 
 impl Queue {
@@ -137,15 +123,17 @@ impl Queue {
         }
         let used = UsedRing::new(&setup.map, used, available, setup.size, event_idx)?;
         // Drivers count segments against `seg_max` and not against the size of the ring when they
-        // use indirect tables; two more are for the header and the status.
+        // use indirect tables. A header may come byte by byte, and a status is one more.
         let seg_max = usize::try_from(setup.device.options().seg_max).unwrap_or(usize::MAX);
-        let limit = usize::from(setup.size).max(seg_max.saturating_add(2));
+        let limit = usize::from(setup.size).max(seg_max.saturating_add(HEADER + 1));
         Ok(Self {
             index: setup.index,
             device: setup.device,
             features: setup.features,
             ring,
             used,
+            home: Arc::clone(&setup.map),
+            suspended: false,
             generations: Generations::new(setup.map),
             tokens: Tokens::new(setup.size),
             chain: Chain::new(limit),
@@ -155,6 +143,7 @@ impl Queue {
             write_through: setup.write_through,
             armed: true,
             broken: None,
+            complaints: setup.complaints,
         })
     }
 
@@ -195,13 +184,30 @@ impl Queue {
             QueueUpdate::Call(signal) => self.call = signal,
             QueueUpdate::Err(signal) => self.err = signal,
             QueueUpdate::WriteThrough(on) => self.write_through = on,
-            QueueUpdate::Memory(map) => {
-                let whole = self.ring.is_valid(map.memory());
-                self.generations.replace(map);
-                if !whole {
-                    self.break_ring(BrokenRing::RingOutsideMemory);
-                }
-            }
+            QueueUpdate::Memory(map) => self.replace_memory(map),
+        }
+    }
+
+    /// Goes on with a new table. A front-end that changes a region removes it and adds it again;
+    /// in between, the table may lack the ring itself. Nothing is taken then, and what is finished
+    /// is put into the memory that the ring had.
+    fn replace_memory(&mut self, map: Arc<GuestMap>) {
+        self.suspended = !self.ring.is_valid(map.memory());
+        if self.suspended {
+            let reason = BrokenRing::RingOutsideMemory;
+            self.report(reason, "ring is suspended");
+        } else {
+            self.home = Arc::clone(&map);
+        }
+        self.generations.replace(map);
+    }
+
+    fn report(&self, reason: BrokenRing, state: &str) {
+        if self.complaints.allow() {
+            tracing::error!(ring = self.index, %reason, "{state}");
+        }
+        if let Some(err) = &self.err {
+            err.raise();
         }
     }
 
@@ -220,6 +226,9 @@ impl Queue {
         if let Some(reason) = self.broken {
             return Err(reason);
         }
+        if self.suspended {
+            return Ok(None);
+        }
         self.next_request(lists)
             .inspect_err(|&reason| self.break_ring(reason))
     }
@@ -229,13 +238,18 @@ impl Queue {
         lists: &mut impl FnMut() -> Vec<Segment>,
     ) -> Result<Option<Request>, BrokenRing> {
         self.disarm()?;
-        // A driver that keeps feeding requests which are answered here must not keep the worker.
-        for _ in 0..self.ring.size() {
-            if !self.next_chain()? {
-                return Ok(None);
-            }
+        // What is answered here is not published yet and counts as outstanding, so a driver cannot
+        // keep the worker in this loop by feeding it.
+        while self.next_chain()? {
             let status_addr = self.chain.status_addr(self.generations.current())?;
-            match self.parse(lists) {
+            let parser = Parser {
+                chain: &self.chain,
+                map: self.generations.current(),
+                device: &self.device,
+                features: self.features,
+                write_through: self.write_through,
+            };
+            match parser.parse(lists) {
                 Ok(operation) => return self.issue(status_addr, operation).map(Some),
                 Err(NotTaken::Answer(status, written)) => {
                     self.answer_now(status_addr, status, written)?;
@@ -250,7 +264,7 @@ impl Queue {
     fn disarm(&mut self) -> Result<(), BrokenRing> {
         if std::mem::replace(&mut self.armed, false) {
             self.ring
-                .disable_notification(self.generations.current().memory())
+                .disable_notification(self.home.memory())
                 .map_err(ring_error)?;
         }
         Ok(())
@@ -259,7 +273,7 @@ impl Queue {
     /// Reads the next chain into `self.chain`. False when there is none.
     fn next_chain(&mut self) -> Result<bool, BrokenRing> {
         let outstanding = self.in_flight() + usize::from(self.used.unpublished());
-        let memory = self.generations.current().memory();
+        let memory = self.home.memory();
         // A request more than entries in the ring would also overrun the used ring.
         let full = outstanding >= usize::from(self.ring.size());
         match self.ring.iter(memory).map_err(ring_error)?.next() {
@@ -294,113 +308,11 @@ impl Queue {
         written: u32,
     ) -> Result<(), BrokenRing> {
         let head = self.chain.head();
-        let map = self.generations.current();
-        map.memory()
+        let memory = self.generations.current().memory();
+        memory
             .write_obj(status.byte(), GuestAddress(status_addr))
             .map_err(|_| BrokenRing::OutsideMemory { head })?;
-        self.used.stage(map, head, written.saturating_add(1))
-    }
-
-    /// Makes out what `self.chain` asks. Its memory is read here and never again.
-    fn parse(&self, lists: &mut impl FnMut() -> Vec<Segment>) -> Result<Operation, NotTaken> {
-        let readable = self.chain.len(Half::Readable);
-        let to_device = readable
-            .checked_sub(HEADER as u64)
-            .ok_or(BlkStatus::IoError)?;
-        let from_device = self.chain.len(Half::Writable).saturating_sub(1);
-        let mut header = [0; HEADER];
-        self.chain
-            .copy_out(self.generations.current(), 0, &mut header)?;
-        let Header { kind, sector } = Header::parse(&header);
-        let kind = kind
-            .filter(|kind| self.offers(*kind))
-            .ok_or(BlkStatus::Unsupported)?;
-        let options = self.device.options();
-        let changes = matches!(kind, Kind::Write | Kind::Discard | Kind::WriteZeroes);
-        if options.read_only && changes {
-            return Err(BlkStatus::IoError.into());
-        }
-        let fua = self.write_through;
-        Ok(match kind {
-            Kind::Read if is_transfer(sector, from_device) => {
-                let list = self.segments(Half::Writable, 0, from_device, lists())?;
-                let sink = MemSink::from_segments(list);
-                Operation::Read { sector, sink }
-            }
-            Kind::Write if is_transfer(sector, to_device) => {
-                let list = self.segments(Half::Readable, HEADER as u64, to_device, lists())?;
-                let source = MemSource::from_segments(list);
-                Operation::Write {
-                    sector,
-                    source,
-                    fua,
-                }
-            }
-            Kind::Read | Kind::Write => return Err(BlkStatus::IoError.into()),
-            Kind::Flush => Operation::Flush,
-            Kind::GetId => return Err(self.identify(from_device)?),
-            Kind::Discard => Operation::Discard(self.ranges(
-                to_device,
-                RangeLimits {
-                    segments: options.max_discard_seg,
-                    sectors: options.max_discard_sectors,
-                    may_unmap: false,
-                },
-            )?),
-            Kind::WriteZeroes => {
-                let limits = RangeLimits {
-                    segments: options.max_write_zeroes_seg,
-                    sectors: options.max_write_zeroes_sectors,
-                    may_unmap: true,
-                };
-                let ranges = self.ranges(to_device, limits)?;
-                Operation::WriteZeroes { ranges, fua }
-            }
-        })
-    }
-
-    /// False for the kinds that a driver must negotiate and did not.
-    fn offers(&self, kind: Kind) -> bool {
-        match kind {
-            Kind::Discard => has(self.features, VIRTIO_BLK_F_DISCARD),
-            Kind::WriteZeroes => has(self.features, VIRTIO_BLK_F_WRITE_ZEROES),
-            Kind::Read | Kind::Write | Kind::Flush | Kind::GetId => true,
-        }
-    }
-
-    fn segments(
-        &self,
-        half: Half,
-        skip: u64,
-        len: u64,
-        mut list: Vec<Segment>,
-    ) -> Result<Vec<Segment>, BrokenRing> {
-        list.clear();
-        let map = self.generations.current();
-        self.chain.segments(map, half, skip, len, &mut list)?;
-        Ok(list)
-    }
-
-    /// Writes as much of the serial as there is room for, and says how to answer a GET_ID.
-    fn identify(&self, room: u64) -> Result<NotTaken, BrokenRing> {
-        let serial = &self.device.options().serial;
-        let len = usize::try_from(room).map_or(serial.len(), |room| room.min(serial.len()));
-        if len == 0 {
-            return Ok(BlkStatus::IoError.into());
-        }
-        let map = self.generations.current();
-        self.chain.copy_in(map, &serial[..len])?;
-        let written = u32::try_from(len).unwrap_or(u32::MAX);
-        Ok(NotTaken::Answer(BlkStatus::Ok, written))
-    }
-
-    /// The segments of a discard or write-zeroes, in `len` bytes behind the header.
-    fn ranges(&self, len: u64, limits: RangeLimits) -> Result<SectorRanges, NotTaken> {
-        let mut bytes = RangeBytes::with_len(len, limits).ok_or(BlkStatus::IoError)?;
-        let map = self.generations.current();
-        self.chain
-            .copy_out(map, HEADER as u64, bytes.as_mut_slice())?;
-        Ok(bytes.parse(limits)?)
+        self.used.stage(&self.home, head, written.saturating_add(1))
     }
 
     /// Ends a request: writes its status and stages its used element, which the guest sees after
@@ -431,7 +343,7 @@ impl Queue {
             BlkStatus::Ok => claim.written,
             BlkStatus::IoError | BlkStatus::Unsupported => 1,
         };
-        self.used.stage(self.generations.current(), head, written)
+        self.used.stage(&self.home, head, written)
     }
 
     /// Shows the guest every answer since the last call, at once, and calls the driver if it asked
@@ -449,7 +361,7 @@ impl Queue {
         if self.broken.is_some() {
             return false;
         }
-        match self.used.publish(self.generations.current()) {
+        match self.used.publish(&self.home) {
             Ok(false) => false,
             Ok(true) => {
                 if let Some(call) = &self.call {
@@ -467,11 +379,11 @@ impl Queue {
     /// Asks the driver for a kick with its next request. True when there already is one: scan
     /// again instead of going to sleep.
     pub fn rearm(&mut self) -> bool {
-        if self.broken.is_some() {
+        if self.broken.is_some() || self.suspended {
             return false;
         }
         self.armed = true;
-        let memory = self.generations.current().memory();
+        let memory = self.home.memory();
         match self.ring.enable_notification(memory) {
             Ok(more) => more,
             Err(error) => {
@@ -488,10 +400,7 @@ impl Queue {
             return;
         }
         self.broken = Some(reason);
-        tracing::error!(ring = self.index, %reason, "ring is broken");
-        if let Some(err) = &self.err {
-            err.raise();
-        }
+        self.report(reason, "ring is broken");
     }
 }
 
@@ -512,3 +421,6 @@ fn ring_error(error: RingError) -> BrokenRing {
         _ => BrokenRing::RingOutsideMemory,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,8 @@
 //! One front-end's session: its messages turned into calls on the device's rings.
 //!
 //! A message that cannot be carried out is refused: the front-end is told so where the protocol has
-//! a way to (see [`crate::channel`]), nothing changes, and the session goes on. Only a broken
-//! transport ends it, and so does a stream in which message boundaries are lost.
+//! a way to (see [`crate::channel`]), and the session goes on. Only a broken transport ends it, and
+//! so does a stream in which message boundaries are lost.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -11,12 +11,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::channel::{Channel, Message};
+use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::front_end::FrontEnd;
 use crate::queue::{Queue, QueueUpdate};
-
-/// Refused messages of a session that are logged one by one.
-const LOGGED_REFUSALS: u32 = 32;
 
 /// Who runs the rings. Called from the session's thread, which waits: each call returns when the
 /// worker that owns the ring has acted on it.
@@ -54,12 +52,14 @@ pub fn serve(
     rings: Arc<dyn Rings>,
 ) -> Result<(), SessionError> {
     stream.set_nonblocking(false)?;
-    let front_end = Arc::new(Mutex::new(FrontEnd::new(device, rings)));
+    let complaints = Arc::new(Complaints::default());
+    let front_end = FrontEnd::new(device, rings, Arc::clone(&complaints));
+    let front_end = Arc::new(Mutex::new(front_end));
     let mut session = Session {
         channel: Channel::new(stream.try_clone()?),
         handler: BackendReqHandler::from_stream(stream, Arc::clone(&front_end)),
         front_end,
-        refusals: 0,
+        complaints,
     };
     while let Some(message) = session.channel.peek()? {
         session.handle(&message)?;
@@ -71,7 +71,7 @@ struct Session {
     channel: Channel,
     handler: BackendReqHandler<Mutex<FrontEnd>>,
     front_end: Arc<Mutex<FrontEnd>>,
-    refusals: u32,
+    complaints: Arc<Complaints>,
 }
 
 impl Session {
@@ -109,15 +109,10 @@ impl Session {
         Ok(self.channel.refuse(message, acknowledge)?)
     }
 
-    /// A front-end may repeat itself without end; the log does not.
-    fn log_refusal(&mut self, message: &Message, reason: &dyn std::fmt::Display) {
-        self.refusals = self.refusals.saturating_add(1);
-        if self.refusals <= LOGGED_REFUSALS {
+    fn log_refusal(&self, message: &Message, reason: &dyn std::fmt::Display) {
+        if self.complaints.allow() {
             let request = message.name();
             tracing::warn!(%request, %reason, "refused a vhost-user message");
-        }
-        if self.refusals == LOGGED_REFUSALS {
-            tracing::warn!("further refusals in this session are not logged");
         }
     }
 }
@@ -134,3 +129,6 @@ fn ends_session(error: &VhostError) -> bool {
             | VhostError::SocketRetry(_)
     )
 }
+
+#[cfg(test)]
+mod tests;

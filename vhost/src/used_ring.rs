@@ -97,7 +97,8 @@ impl UsedRing {
         } else {
             self.load(map, self.available, Ordering::Relaxed)? & NO_INTERRUPT == 0
         };
-        Ok(wanted || !std::mem::replace(&mut self.called, true))
+        let first = !std::mem::replace(&mut self.called, true);
+        Ok(wanted || first)
     }
 }
 
