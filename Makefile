@@ -1,0 +1,39 @@
+# Each target does its own set-up: what is missing is installed with apt, built, or fetched.
+
+CARGO ?= cargo
+ROUNDS ?= 10
+# The guest tests use the release build of the daemon, or the one that VHOST_NVMF_BIN names.
+GUEST_TESTS = $(CARGO) test -p guest-tests --test linux_guest -- --nocapture --test-threads=1
+
+.PHONY: help boot test guest-test soak
+
+help:
+	@echo 'make boot               boot a Linux guest from a remote NVMe/TCP namespace and have it check its disk'
+	@echo 'make boot ARGS=--shell  the same, with a shell in the guest instead of the checks'
+	@echo 'make test               every test, guests included (under 20 minutes on 2 cores)'
+	@echo 'make guest-test         only the tests that boot guests'
+	@echo 'make soak [ROUNDS=10]   the tests again and again, by hand'
+
+boot:
+	@qemu-scripts/boot $(ARGS)
+
+test:
+	qemu-scripts/install-packages build guest
+	$(CARGO) test --workspace --exclude guest-tests
+	$(CARGO) test -p guest-tests --lib --bins
+	$(MAKE) --no-print-directory guest-test
+
+guest-test:
+	qemu-scripts/install-packages build guest
+	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
+	$(GUEST_TESTS)
+
+# Runs that hit another interleaving each time, then one guest that goes through its cases ROUNDS times.
+soak:
+	qemu-scripts/install-packages build guest
+	set -e; for round in $$(seq $(ROUNDS)); do \
+		echo "== round $$round of $(ROUNDS)"; \
+		PROPTEST_CASES=2000 $(CARGO) test --release --workspace --exclude guest-tests; \
+	done
+	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
+	VHOST_NVMF_ROUNDS=$(ROUNDS) $(GUEST_TESTS)

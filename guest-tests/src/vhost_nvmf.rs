@@ -1,0 +1,194 @@
+//! The product's two daemons, started for a test: `vhost-nvmf export` and `vhost-nvmf attach`.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::artifacts::daemon_binary;
+use crate::daemon::Daemon;
+
+const READY_LIMIT: Duration = Duration::from_secs(15);
+/// The product promises two seconds from SIGTERM to its end; the rest is for a busy machine to notice it.
+const STOP_LIMIT: Duration = Duration::from_millis(2500);
+
+/// A controller that exports namespaces over NVMe/TCP on a free port of 127.0.0.1.
+pub struct Export {
+    /// The process.
+    pub daemon: Daemon,
+    /// The URI of each namespace, in the order of the specifications.
+    pub uris: Vec<String>,
+}
+
+/// What `export` counted for a namespace, up to its end.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are the log line's own")]
+pub struct NamespaceCounters {
+    pub nsid: u32,
+    pub reads: u64,
+    pub writes: u64,
+    pub flushes: u64,
+    pub fua_writes: u64,
+    pub write_zeroes: u64,
+    pub deallocates: u64,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+}
+
+/// A disk on a vhost-user socket.
+pub struct Attach {
+    /// The process.
+    pub daemon: Daemon,
+    /// The socket.
+    pub socket: PathBuf,
+}
+
+/// How a disk is attached.
+#[derive(Clone, Debug, Default)]
+pub struct AttachOptions {
+    /// `--num-queues`; none: the product's default.
+    pub num_queues: Option<u16>,
+    /// `--serial`.
+    pub serial: Option<String>,
+    /// `--read-only`.
+    pub read_only: bool,
+    /// Further arguments, as they are.
+    pub arguments: Vec<String>,
+}
+
+/// What `attach` counted for its disk, up to its end.
+#[derive(Clone, Debug, Deserialize)]
+#[expect(missing_docs, reason = "the fields are the log line's own")]
+pub struct DiskCounters {
+    pub requests: u64,
+    pub reads: u64,
+    pub writes: u64,
+    pub flushes: u64,
+    pub read_bytes: u64,
+    pub written_bytes: u64,
+    pub copied_bytes: u64,
+}
+
+impl Export {
+    /// Starts `export` with these specifications (`file:PATH[,ro][,block-size=N]`, `ram:SIZE`) and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn start<S: AsRef<str>>(specs: &[S]) -> Result<Self> {
+        let mut command = Command::new(daemon_binary()?);
+        command.args(["export", "--log-format", "json", "--listen", "127.0.0.1:0"]);
+        command.args(specs.iter().map(AsRef::as_ref));
+        let mut daemon = Daemon::start("export", &command)?;
+        let lines = daemon.wait_for_output(specs.len(), READY_LIMIT, |line| {
+            line.contains("nvme+tcp://")
+        })?;
+        let uri = |line: String| {
+            line.split_whitespace()
+                .find(|word| word.starts_with("nvme+tcp://"))
+                .map(str::to_owned)
+        };
+        let uris: Vec<String> = lines.into_iter().filter_map(uri).collect();
+        if uris.len() != specs.len() {
+            bail!(
+                "export printed {} URIs for {} namespaces",
+                uris.len(),
+                specs.len()
+            );
+        }
+        Ok(Self { daemon, uris })
+    }
+
+    /// Ends it with SIGTERM.
+    ///
+    /// # Errors
+    /// When it does not end cleanly and in time.
+    pub fn stop(&mut self) -> Result<()> {
+        self.daemon.stop(STOP_LIMIT)
+    }
+
+    /// What it counted for namespace `nsid`; after [`Export::stop`].
+    ///
+    /// # Errors
+    /// When it logged nothing of the sort, or a field is missing.
+    pub fn counters(&self, nsid: u32) -> Result<NamespaceCounters> {
+        let events = self.daemon.logged("namespace counters");
+        let event = events.into_iter().rfind(|fields| fields["nsid"] == nsid);
+        parse(
+            event,
+            &format!("export's \"namespace counters\" with nsid={nsid}"),
+        )
+    }
+}
+
+impl Attach {
+    /// Starts `attach` on `socket` and waits until it listens.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn start(socket: &Path, uri: &str, options: &AttachOptions) -> Result<Self> {
+        let mut command = Command::new(daemon_binary()?);
+        command
+            .args(["attach", "--log-format", "json", "--socket-path"])
+            .arg(socket);
+        if let Some(queues) = options.num_queues {
+            command.args(["--num-queues", &queues.to_string()]);
+        }
+        if let Some(serial) = &options.serial {
+            command.args(["--serial", serial]);
+        }
+        if options.read_only {
+            command.arg("--read-only");
+        }
+        command.args(&options.arguments).arg(uri);
+        let name = format!(
+            "attach {}",
+            socket.file_name().unwrap_or_default().display()
+        );
+        let mut daemon = Daemon::start(&name, &command)?;
+        daemon.wait_for_output(1, READY_LIMIT, |line| !line.is_empty())?;
+        if !socket.exists() {
+            bail!(
+                "{name} printed its arguments, but {} is not there",
+                socket.display()
+            );
+        }
+        Ok(Self {
+            daemon,
+            socket: socket.to_owned(),
+        })
+    }
+
+    /// Ends it with SIGTERM.
+    ///
+    /// # Errors
+    /// When it does not end cleanly and in time, or leaves its socket behind.
+    pub fn stop(&mut self) -> Result<()> {
+        self.daemon.stop(STOP_LIMIT)?;
+        if self.socket.exists() {
+            bail!(
+                "{} left {} behind",
+                self.daemon.name(),
+                self.socket.display()
+            );
+        }
+        Ok(())
+    }
+
+    /// What it counted; after [`Attach::stop`].
+    ///
+    /// # Errors
+    /// When it logged nothing of the sort, or a field is missing.
+    pub fn counters(&self) -> Result<DiskCounters> {
+        let event = self.daemon.logged("disk counters").pop();
+        parse(event, "attach's \"disk counters\"")
+    }
+}
+
+fn parse<T: DeserializeOwned>(event: Option<Value>, what: &str) -> Result<T> {
+    let event = event.with_context(|| format!("{what}: no such line in the log"))?;
+    serde_json::from_value(event).with_context(|| what.to_owned())
+}
