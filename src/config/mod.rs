@@ -12,15 +12,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nvmf::host::HostOptions;
 use nvmf::spec::Nqn;
 use uuid::Uuid;
 
 use crate::cli::{AttachArgs, ExportArgs};
 use crate::limits::{MAX_NAMESPACES, MAX_NR_IO_QUEUES};
-pub(crate) use identity::{HostIdentity, Machine};
+use identity::HostIdentity;
+pub(crate) use identity::Machine;
 pub(crate) use ids::Serial;
 pub(crate) use spec::{BlockSize, Spec, Storage};
-pub(crate) use uri::{Selector, TransportAddress, Uri};
+pub(crate) use uri::{Uri, host_of_listener};
 
 /// One remote namespace to serve as a disk.
 #[derive(Debug, Clone)]
@@ -33,16 +35,10 @@ pub(crate) struct AttachConfig {
     pub(crate) serial: Option<Serial>,
     /// The guest may not write.
     pub(crate) read_only: bool,
-    /// Who connects.
-    pub(crate) host: HostIdentity,
-    /// I/O queue pairs to ask the controller for.
-    pub(crate) nr_io_queues: u16,
-    /// Entries of each I/O submission queue.
-    pub(crate) queue_size: u16,
-    /// Keep-alive timeout; `None` turns it off.
-    pub(crate) keep_alive: Option<Duration>,
+    /// Who connects, and with what queues.
+    pub(crate) host: HostOptions,
     /// The namespace.
-    pub(crate) target: Uri,
+    pub(crate) uri: Uri,
 }
 
 /// A subsystem to export.
@@ -130,17 +126,19 @@ impl AttachConfig {
     pub(crate) fn resolve(args: AttachArgs, machine: &Machine) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let cpus = u16::try_from(cpus).unwrap_or(MAX_NR_IO_QUEUES);
+        let HostIdentity { nqn, id } = HostIdentity::resolve(args.hostnqn, args.hostid, machine);
         Self {
             socket_path: args.socket_path,
             num_queues: args.num_queues,
             serial: args.serial,
             read_only: args.read_only,
-            host: HostIdentity::resolve(args.hostnqn, args.hostid, machine),
-            nr_io_queues: args.nr_io_queues.unwrap_or(cpus).min(MAX_NR_IO_QUEUES),
-            queue_size: args.queue_size,
-            keep_alive: (args.keep_alive_tmo != 0)
-                .then(|| Duration::from_secs(args.keep_alive_tmo.into())),
-            target: args.uri,
+            host: HostOptions {
+                nr_io_queues: args.nr_io_queues.unwrap_or(cpus).min(MAX_NR_IO_QUEUES),
+                queue_size: args.queue_size,
+                keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
+                ..HostOptions::new(nqn, id)
+            },
+            uri: args.uri,
         }
     }
 }
