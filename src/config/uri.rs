@@ -108,11 +108,14 @@ fn parse_authority(authority: &str) -> Result<(String, u16), UriError> {
             Some((host, port)) => (host, Some(port)),
             None => (authority, None),
         };
+        // A second colon: most likely an IPv6 address without its brackets.
+        if port.is_some_and(|port| port.contains(':')) {
+            return Err(wrong());
+        }
         if host.is_empty() {
             return Err(UriError::NoHost);
         }
-        // A second colon: most likely an IPv6 address without its brackets.
-        if !is_name(host) || port.is_some_and(|port| port.contains(':')) {
+        if !is_name(host) {
             return Err(wrong());
         }
         (host.to_owned(), port)
