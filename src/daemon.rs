@@ -25,7 +25,7 @@ const END: Duration = Duration::from_millis(300);
 /// # Errors
 /// One line for the user; nothing is left behind.
 pub(crate) fn attach(config: &AttachConfig) -> Result<(), Box<dyn Error>> {
-    let (runtime, workers) = start(usize::from(config.nr_io_queues))?;
+    let (runtime, workers) = start(usize::from(config.host.nr_io_queues))?;
     let result = runtime.block_on(async {
         let mut stop = Stop::new()?;
         // Listening comes first: a VMM that is quicker than the controller waits in the queue.

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nvmf::host::{Association, HostError, HostOptions, NamespaceSelector, TargetAddress};
+use nvmf::host::{Association, HostError};
 use nvmf::transport::Registry;
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
@@ -15,7 +15,7 @@ use vhost_user_blk::{Device, Queue, QueueUpdate, Rings, serve};
 
 use crate::bridge::geometry::{self, Choices};
 use crate::bridge::translate::Limits;
-use crate::config::{AttachConfig, Selector};
+use crate::config::{AttachConfig, Uri};
 use crate::limits::{LANE_SLOTS, MAILBOX};
 use crate::metrics::{DiskCounters, DiskTotals};
 use crate::worker::Worker;
@@ -48,24 +48,10 @@ impl Disk {
         config: &AttachConfig,
         workers: &[Worker],
     ) -> Result<Self, HostError> {
-        let (host, port) = config.target.address.lookup();
-        let subnqn = config.target.subnqn.clone();
-        let target = TargetAddress { host: host.to_owned(), port, subnqn };
-        let options = HostOptions {
-            nr_io_queues: config.nr_io_queues,
-            queue_size: config.queue_size,
-            keep_alive_tmo: config.keep_alive.unwrap_or(Duration::ZERO),
-            ..HostOptions::new(config.host.nqn.clone(), config.host.id)
-        };
-        let association = Association::connect(registry, &target, &options).await?;
-        let selector = match config.target.selector {
-            Selector::Only => NamespaceSelector::Only,
-            Selector::Nsid(nsid) => NamespaceSelector::Nsid(nsid),
-            Selector::Uuid(uuid) => NamespaceSelector::Uuid(uuid),
-            Selector::Nguid(nguid) => NamespaceSelector::Nguid(nguid),
-        };
+        let Uri { target, selector } = &config.uri;
+        let association = Association::connect(registry, target, &config.host).await?;
         let opened = async {
-            let namespace = association.select(&selector).await?;
+            let namespace = association.select(selector).await?;
             Ok((namespace, association.open_io_queues(registry).await?))
         };
         let (namespace, pairs) = match opened.await {
@@ -83,7 +69,7 @@ impl Disk {
             read_only: config.read_only,
         };
         let device = Device::new(geometry::device_options(&choices, controller, &namespace));
-        let name = config.target.to_string();
+        let name = config.uri.to_string();
         let counters = Arc::new(DiskCounters::default());
         let mut lanes = Vec::with_capacity(pairs.len());
         for (pair, worker) in pairs.into_iter().zip(workers.iter().cycle()) {

@@ -8,10 +8,12 @@ use nvmf::backend::{Backend, Counts, FileBackend, OpenError, RamBackend, RamErro
 use nvmf::controller::{
     BindError, LaneHost, Limits, NamespaceError, Port, Subsystem, Target, TargetError,
 };
+use nvmf::host::{NamespaceSelector, TargetAddress};
 use nvmf::transport::{Lane, Registry};
 
-use crate::config::uri::{Selector, TransportAddress, Uri};
-use crate::config::{ExportConfig, Machine, NamespaceConfig, Storage};
+use crate::config::{
+    ExportConfig, Machine, NamespaceConfig, Storage, Uri, host_of_listener,
+};
 use crate::worker::Worker;
 
 /// Why there is nothing to export.
@@ -73,9 +75,12 @@ impl Export {
             for subsystem in self.target.subsystems() {
                 for namespace in subsystem.namespaces() {
                     let uri = Uri {
-                        address: TransportAddress::of_listener(address, machine.hostname()),
-                        subnqn: subsystem.nqn().clone(),
-                        selector: Selector::Nsid(namespace.nsid()),
+                        target: TargetAddress {
+                            host: host_of_listener(address, machine.hostname()),
+                            port: address.port(),
+                            subnqn: subsystem.nqn().clone(),
+                        },
+                        selector: NamespaceSelector::Nsid(namespace.nsid()),
                     };
                     lines.push_str(&format!("{uri}\n"));
                 }

@@ -80,16 +80,6 @@ impl<T> Inflight<T> {
         self.free.len()
     }
 
-    /// Requests that were opened and not taken.
-    pub(crate) fn len(&self) -> usize {
-        self.slots.len() - self.free.len()
-    }
-
-    /// True when no request is here.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// True when commands wait to be submitted.
     pub(crate) fn is_waiting(&self) -> bool {
         !self.waiting.is_empty()

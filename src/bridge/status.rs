@@ -190,11 +190,6 @@ impl FailureLog {
         }
         true
     }
-
-    /// Requests that failed or were refused.
-    pub(crate) fn total(&self) -> u64 {
-        self.failed.iter().sum::<u64>() + self.refused
-    }
 }
 
 #[cfg(test)]
@@ -258,6 +253,5 @@ mod tests {
         assert!(log.note("disk", Outcome::Failed(Status::INTERNAL_ERROR)));
         assert!(log.note("disk", Outcome::Refused(Refused::Misaligned)));
         assert!(!log.note("disk", Outcome::Done));
-        assert_eq!(log.total(), 1002);
     }
 }

@@ -37,6 +37,15 @@ impl Machine {
         Self::read_under(Path::new("/"))
     }
 
+    /// A machine with this identifier and nothing else.
+    #[cfg(test)]
+    pub(crate) fn with_id(id: Uuid) -> Self {
+        Self {
+            id: Some(id),
+            ..Self::default()
+        }
+    }
+
     fn read_under(root: &Path) -> Self {
         Self {
             id: read_valid(&root.join("etc/machine-id"), parse_uuid),

@@ -12,15 +12,17 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nvmf::host::HostOptions;
 use nvmf::spec::Nqn;
 use uuid::Uuid;
 
 use crate::cli::{AttachArgs, ExportArgs};
 use crate::limits::{MAX_NAMESPACES, MAX_NR_IO_QUEUES};
-pub(crate) use identity::{HostIdentity, Machine};
+use identity::HostIdentity;
+pub(crate) use identity::Machine;
 pub(crate) use ids::Serial;
 pub(crate) use spec::{BlockSize, Spec, Storage};
-pub(crate) use uri::{Selector, TransportAddress, Uri};
+pub(crate) use uri::{Uri, host_of_listener};
 
 /// One remote namespace to serve as a disk.
 #[derive(Debug, Clone)]
@@ -33,16 +35,10 @@ pub(crate) struct AttachConfig {
     pub(crate) serial: Option<Serial>,
     /// The guest may not write.
     pub(crate) read_only: bool,
-    /// Who connects.
-    pub(crate) host: HostIdentity,
-    /// I/O queue pairs to ask the controller for.
-    pub(crate) nr_io_queues: u16,
-    /// Entries of each I/O submission queue.
-    pub(crate) queue_size: u16,
-    /// Keep-alive timeout; `None` turns it off.
-    pub(crate) keep_alive: Option<Duration>,
+    /// Who connects, and with what queues.
+    pub(crate) host: HostOptions,
     /// The namespace.
-    pub(crate) target: Uri,
+    pub(crate) uri: Uri,
 }
 
 /// A subsystem to export.
@@ -130,17 +126,19 @@ impl AttachConfig {
     pub(crate) fn resolve(args: AttachArgs, machine: &Machine) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         let cpus = u16::try_from(cpus).unwrap_or(MAX_NR_IO_QUEUES);
+        let HostIdentity { nqn, id } = HostIdentity::resolve(args.hostnqn, args.hostid, machine);
         Self {
             socket_path: args.socket_path,
             num_queues: args.num_queues,
             serial: args.serial,
             read_only: args.read_only,
-            host: HostIdentity::resolve(args.hostnqn, args.hostid, machine),
-            nr_io_queues: args.nr_io_queues.unwrap_or(cpus).min(MAX_NR_IO_QUEUES),
-            queue_size: args.queue_size,
-            keep_alive: (args.keep_alive_tmo != 0)
-                .then(|| Duration::from_secs(args.keep_alive_tmo.into())),
-            target: args.uri,
+            host: HostOptions {
+                nr_io_queues: args.nr_io_queues.unwrap_or(cpus).min(MAX_NR_IO_QUEUES),
+                queue_size: args.queue_size,
+                keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
+                ..HostOptions::new(nqn, id)
+            },
+            uri: args.uri,
         }
     }
 }
@@ -253,4 +251,154 @@ fn check_file(path: PathBuf, block_size: u32) -> Result<PathBuf, ConfigError> {
         });
     }
     Ok(canonical)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Invocation, parse};
+
+    const URI: &str = "nvme+tcp://h/nqn.2026-01.org.example:disk1";
+
+    fn command_line(args: &[&str]) -> Invocation {
+        let args = ["vhost-nvmf"].iter().chain(args).map(|arg| arg.into());
+        parse(args).unwrap()
+    }
+
+    fn attach(args: &[&str]) -> AttachConfig {
+        match command_line(&[&["attach", "--socket-path", "/s", URI], args].concat()) {
+            Invocation::Attach(_, args) => AttachConfig::resolve(*args, &Machine::default()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn export_on(machine: &Machine, args: &[&str]) -> Result<ExportConfig, ConfigError> {
+        match command_line(&[&["export"], args].concat()) {
+            Invocation::Export(_, args) => ExportConfig::resolve(args, machine),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn export(args: &[&str]) -> Result<ExportConfig, ConfigError> {
+        export_on(&Machine::default(), args)
+    }
+
+    /// A file of `size` bytes in a directory of its own.
+    fn file(size: u64) -> (tempfile::TempDir, String) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.img");
+        let file = std::fs::File::create(&path).unwrap();
+        file.set_len(size).unwrap();
+        (directory, path.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn attach_has_the_documented_defaults() {
+        let config = attach(&[]);
+        assert_eq!((config.num_queues, config.host.queue_size), (64, 128));
+        assert_eq!(config.host.keep_alive_tmo, Duration::from_secs(5));
+        assert!((1..=256).contains(&config.host.nr_io_queues));
+        assert!(!config.read_only && config.serial.is_none());
+    }
+
+    #[test]
+    fn attach_takes_what_it_is_given() {
+        let config = attach(&[
+            "--num-queues=4",
+            "--nr-io-queues=2",
+            "--queue-size=32",
+            "--keep-alive-tmo=0",
+            "--read-only",
+            "--serial=disk1",
+            "--hostnqn=nqn.2026-01.org.example:host",
+            "--hostid=6ba7b810-9dad-41d1-80b4-00c04fd430c8",
+        ]);
+        assert_eq!((config.num_queues, config.host.nr_io_queues), (4, 2));
+        assert_eq!(config.host.queue_size, 32);
+        assert!(config.host.keep_alive_tmo.is_zero() && config.read_only);
+        assert_eq!(config.serial.unwrap().to_string(), "disk1");
+        assert_eq!(config.host.hostnqn.as_str(), "nqn.2026-01.org.example:host");
+        assert_eq!(
+            config.host.hostid.to_string(),
+            "6ba7b810-9dad-41d1-80b4-00c04fd430c8"
+        );
+    }
+
+    #[test]
+    fn export_listens_on_the_loopback_address_unless_told_otherwise() {
+        let config = export(&["ram:1M"]).unwrap();
+        assert_eq!(config.listen, ["127.0.0.1:4420".parse().unwrap()]);
+        assert_eq!(config.allowed_hosts, None);
+        let config = export(&["--listen=[::1]:0", "--listen=127.0.0.1:0", "ram:1M"]).unwrap();
+        assert_eq!(config.listen.len(), 2);
+        assert!(matches!(
+            export(&["--listen=[::1]:1", "--listen=[::1]:1", "ram:1M"]),
+            Err(ConfigError::SameAddress(_))
+        ));
+    }
+
+    #[test]
+    fn namespaces_are_numbered_in_order_and_ram_has_a_new_uuid_each_time() {
+        let config = export(&["ram:1M", "ram:1M,block-size=4096"]).unwrap();
+        let nsids: Vec<u32> = config.namespaces.iter().map(|n| n.nsid).collect();
+        assert_eq!(nsids, [1, 2]);
+        assert_ne!(config.namespaces[0].uuid, config.namespaces[1].uuid);
+    }
+
+    #[test]
+    fn a_file_keeps_its_uuid_whatever_path_leads_to_it() {
+        let machine = Machine::with_id(Uuid::from_u128(1));
+        let (directory, path) = file(4096);
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let resolve = |machine, path: &str| {
+            let config = export_on(machine, &[path]).unwrap();
+            config.namespaces[0].clone()
+        };
+        let namespace = resolve(&machine, &path);
+        assert_eq!(resolve(&machine, link.to_str().unwrap()), namespace);
+        let other = Machine::with_id(Uuid::from_u128(2));
+        assert_ne!(resolve(&other, &path).uuid, namespace.uuid);
+        let chosen = Uuid::from_u128(3);
+        let spec = format!("{path},uuid={chosen}");
+        assert_eq!(resolve(&machine, &spec).uuid, chosen);
+        assert!(matches!(
+            export_on(&machine, &[&path, &path]),
+            Err(ConfigError::SameUuid { .. })
+        ));
+    }
+
+    #[test]
+    fn what_holds_no_whole_blocks_is_refused() {
+        let (directory, path) = file(512 * 3);
+        export(&[&path]).unwrap();
+        let spec = format!("{path},block-size=4096");
+        assert!(matches!(
+            export(&[&spec]),
+            Err(ConfigError::NotBlocks {
+                size: 1536,
+                block_size: 4096,
+                ..
+            })
+        ));
+        let (_empty, path) = file(0);
+        assert!(matches!(
+            export(&[&path]),
+            Err(ConfigError::NotBlocks { size: 0, .. })
+        ));
+        let directory = directory.path().to_str().unwrap();
+        for (path, kind) in [
+            (directory, "a directory"),
+            ("/dev/null", "a character device"),
+        ] {
+            match export(&[path]) {
+                Err(ConfigError::NotStorage { kind: found, .. }) => assert_eq!(found, kind),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(matches!(
+            export(&[&format!("{directory}/missing")]),
+            Err(ConfigError::Unusable { .. })
+        ));
+    }
 }

@@ -1,12 +1,12 @@
 //! URI of a remote namespace: `nvme+tcp://HOST[:PORT]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]`.
 
 use std::fmt;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
+use nvmf::host::{NamespaceSelector, TargetAddress};
 use nvmf::spec::nqn::NqnError;
 use nvmf::spec::{NSID_ALL, Nqn};
-use uuid::Uuid;
 
 use super::ids::{IdError, parse_nguid, parse_uuid};
 
@@ -17,32 +17,10 @@ const SCHEME: &str = "nvme+tcp";
 /// A remote namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Uri {
-    /// Where its controller listens.
-    pub(crate) address: TransportAddress,
-    /// The subsystem.
-    pub(crate) subnqn: Nqn,
-    /// Which of its namespaces.
-    pub(crate) selector: Selector,
-}
-
-/// Host and port, not yet resolved.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct TransportAddress {
-    host: String,
-    port: u16,
-}
-
-/// Which namespace of a subsystem is meant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Selector {
-    /// The only one that there is.
-    Only,
-    /// By identifier.
-    Nsid(u32),
-    /// By UUID.
-    Uuid(Uuid),
-    /// By NGUID.
-    Nguid([u8; 16]),
+    /// Its subsystem, and where that is.
+    pub(crate) target: TargetAddress,
+    /// Which of the subsystem's namespaces.
+    pub(crate) selector: NamespaceSelector,
 }
 
 /// Why a string is not the URI of a namespace.
@@ -101,78 +79,55 @@ pub(crate) enum UriError {
     },
 }
 
-impl TransportAddress {
-    /// Host and port, as resolvers take them; an IPv6 address is without its brackets.
-    pub(crate) fn lookup(&self) -> (&str, u16) {
-        (&self.host, self.port)
-    }
-
-    /// How others reach a listener: where it listens on every address, this machine's name is shown,
-    /// or the loopback address when there is none.
-    pub(crate) fn of_listener(local: SocketAddr, hostname: Option<&str>) -> Self {
-        let host = match hostname.filter(|name| is_name(name)) {
-            _ if !local.ip().is_unspecified() => match local {
-                SocketAddr::V6(v6) if v6.scope_id() != 0 => {
-                    format!("{}%{}", v6.ip(), v6.scope_id())
-                }
-                _ => local.ip().to_string(),
-            },
+/// Under which name others reach a listener: where it listens on every address, this machine's name,
+/// or the loopback address when it has none.
+pub(crate) fn host_of_listener(local: SocketAddr, hostname: Option<&str>) -> String {
+    match local {
+        SocketAddr::V6(v6) if v6.scope_id() != 0 => format!("{}%{}", v6.ip(), v6.scope_id()),
+        _ if !local.ip().is_unspecified() => local.ip().to_string(),
+        _ => match hostname.filter(|name| is_name(name)) {
             Some(name) => name.to_owned(),
             None if local.is_ipv6() => Ipv6Addr::LOCALHOST.to_string(),
-            None => std::net::Ipv4Addr::LOCALHOST.to_string(),
-        };
-        Self {
-            host,
-            port: local.port(),
-        }
-    }
-
-    fn parse(authority: &str) -> Result<Self, UriError> {
-        let (host, port) = match authority.strip_prefix('[') {
-            Some(rest) => {
-                let wrong = || UriError::Host(authority.to_owned());
-                let (address, rest) = rest.split_once(']').ok_or_else(wrong)?;
-                let host = ipv6(address).ok_or_else(wrong)?;
-                match rest.strip_prefix(':') {
-                    Some(port) => (host, Some(port)),
-                    None if rest.is_empty() => (host, None),
-                    None => return Err(wrong()),
-                }
-            }
-            None => {
-                let (host, port) = match authority.split_once(':') {
-                    Some((host, port)) => (host, Some(port)),
-                    None => (authority, None),
-                };
-                if host.is_empty() {
-                    return Err(UriError::NoHost);
-                }
-                // A second colon: most likely an IPv6 address without its brackets.
-                if !is_name(host) || port.is_some_and(|port| port.contains(':')) {
-                    return Err(UriError::Host(authority.to_owned()));
-                }
-                (host.to_owned(), port)
-            }
-        };
-        let port = match port {
-            None => DEFAULT_PORT,
-            Some(text) => parse_number(text)
-                .and_then(|port| u16::try_from(port).ok())
-                .filter(|&port| port != 0)
-                .ok_or_else(|| UriError::Port(text.to_owned()))?,
-        };
-        Ok(Self { host, port })
+            None => Ipv4Addr::LOCALHOST.to_string(),
+        },
     }
 }
 
-impl fmt::Display for TransportAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.host.contains(':') {
-            write!(f, "[{}]:{}", self.host, self.port)
-        } else {
-            write!(f, "{}:{}", self.host, self.port)
+/// Host and port of `HOST[:PORT]`; an IPv6 address loses its brackets.
+fn parse_authority(authority: &str) -> Result<(String, u16), UriError> {
+    let wrong = || UriError::Host(authority.to_owned());
+    let (host, port) = if let Some(rest) = authority.strip_prefix('[') {
+        let (address, rest) = rest.split_once(']').ok_or_else(wrong)?;
+        let port = match rest.strip_prefix(':') {
+            None if !rest.is_empty() => return Err(wrong()),
+            port => port,
+        };
+        (ipv6(address).ok_or_else(wrong)?, port)
+    } else {
+        let (host, port) = match authority.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (authority, None),
+        };
+        // A second colon: most likely an IPv6 address without its brackets.
+        if port.is_some_and(|port| port.contains(':')) {
+            return Err(wrong());
         }
-    }
+        if host.is_empty() {
+            return Err(UriError::NoHost);
+        }
+        if !is_name(host) {
+            return Err(wrong());
+        }
+        (host.to_owned(), port)
+    };
+    let port = match port {
+        None => DEFAULT_PORT,
+        Some(text) => parse_number(text)
+            .and_then(|port| u16::try_from(port).ok())
+            .filter(|&port| port != 0)
+            .ok_or_else(|| UriError::Port(text.to_owned()))?,
+    };
+    Ok((host, port))
 }
 
 /// An IPv6 address with or without a zone, whose `%` may be encoded as URIs want it (RFC 6874).
@@ -219,10 +174,11 @@ impl FromStr for Uri {
         if authority.is_empty() {
             return Err(UriError::NoHost);
         }
+        let (host, port) = parse_authority(authority)?;
+        let subnqn = parse_subsystem(path)?;
         Ok(Self {
-            address: TransportAddress::parse(authority)?,
-            subnqn: parse_subsystem(path)?,
-            selector: query.map_or(Ok(Selector::Only), parse_selector)?,
+            target: TargetAddress { host, port, subnqn },
+            selector: query.map_or(Ok(NamespaceSelector::Only), parse_selector)?,
         })
     }
 }
@@ -239,7 +195,7 @@ fn parse_subsystem(path: &str) -> Result<Nqn, UriError> {
     Ok(nqn)
 }
 
-fn parse_selector(query: &str) -> Result<Selector, UriError> {
+fn parse_selector(query: &str) -> Result<NamespaceSelector, UriError> {
     let mut found = None;
     for pair in query.split('&') {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -252,17 +208,21 @@ fn parse_selector(query: &str) -> Result<Selector, UriError> {
         let selector = match key {
             "nsid" => parse_number(&value)
                 .filter(|&nsid| nsid != 0 && nsid != NSID_ALL)
-                .map(Selector::Nsid)
+                .map(NamespaceSelector::Nsid)
                 .ok_or_else(|| UriError::Nsid(value.clone()))?,
-            "uuid" => Selector::Uuid(parse_uuid(&value).map_err(|error| id("uuid", error))?),
-            "nguid" => Selector::Nguid(parse_nguid(&value).map_err(|error| id("nguid", error))?),
+            "uuid" => {
+                NamespaceSelector::Uuid(parse_uuid(&value).map_err(|error| id("uuid", error))?)
+            }
+            "nguid" => {
+                NamespaceSelector::Nguid(parse_nguid(&value).map_err(|error| id("nguid", error))?)
+            }
             other => return Err(UriError::Key(other.to_owned())),
         };
         if found.replace(selector).is_some() {
             return Err(UriError::TwoSelectors);
         }
     }
-    Ok(found.unwrap_or(Selector::Only))
+    Ok(found.unwrap_or(NamespaceSelector::Only))
 }
 
 fn decode(text: &str) -> Result<String, UriError> {
@@ -286,39 +246,28 @@ fn decode(text: &str) -> Result<String, UriError> {
 impl fmt::Display for Uri {
     /// A URI that [`Uri::from_str`] reads back as the same.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            address,
-            subnqn,
-            selector,
-        } = self;
-        write!(f, "{SCHEME}://{address}/")?;
+        let TargetAddress { host, port, subnqn } = &self.target;
+        match host.contains(':') {
+            true => write!(f, "{SCHEME}://[{host}]:{port}/")?,
+            false => write!(f, "{SCHEME}://{host}:{port}/")?,
+        }
         for character in subnqn.as_str().chars() {
             match character {
                 '%' | '?' | '#' => write!(f, "%{:02X}", u32::from(character))?,
                 other => write!(f, "{other}")?,
             }
         }
-        match selector {
-            Selector::Only => Ok(()),
-            other => write!(f, "?{other}"),
-        }
-    }
-}
-
-impl fmt::Display for Selector {
-    /// As in the URI's query; "the only namespace" where there is none.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Only => f.write_str("the only namespace"),
-            Self::Nsid(nsid) => write!(f, "nsid={nsid}"),
-            Self::Uuid(uuid) => write!(f, "uuid={uuid}"),
-            Self::Nguid(nguid) => write!(f, "nguid={:032x}", u128::from_be_bytes(*nguid)),
+        match &self.selector {
+            NamespaceSelector::Only => Ok(()),
+            selector => write!(f, "?{selector}"),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use uuid::Uuid;
+
     use super::*;
 
     const NQN: &str = "nqn.2026-01.org.example:disk1";
@@ -330,20 +279,32 @@ mod tests {
     #[test]
     fn the_port_defaults_to_4420() {
         let uri = parse(&format!("storage.example/{NQN}")).unwrap();
-        assert_eq!(uri.address.lookup(), ("storage.example", 4420));
-        assert_eq!(uri.subnqn.as_str(), NQN);
-        assert_eq!(uri.selector, Selector::Only);
+        assert_eq!(
+            (uri.target.host.as_str(), uri.target.port),
+            ("storage.example", 4420)
+        );
+        assert_eq!(uri.target.subnqn.as_str(), NQN);
+        assert_eq!(uri.selector, NamespaceSelector::Only);
         let uri = parse(&format!("10.0.0.1:4421/{NQN}")).unwrap();
-        assert_eq!(uri.address.lookup(), ("10.0.0.1", 4421));
+        assert_eq!(
+            (uri.target.host.as_str(), uri.target.port),
+            ("10.0.0.1", 4421)
+        );
     }
 
     #[test]
     fn ipv6_is_in_brackets_and_may_have_a_zone() {
         let uri = parse(&format!("[fd00::1]:4421/{NQN}")).unwrap();
-        assert_eq!(uri.address.lookup(), ("fd00::1", 4421));
+        assert_eq!(
+            (uri.target.host.as_str(), uri.target.port),
+            ("fd00::1", 4421)
+        );
         for zone in ["%25eth0", "%eth0"] {
             let uri = parse(&format!("[fe80::1{zone}]/{NQN}")).unwrap();
-            assert_eq!(uri.address.lookup(), ("fe80::1%eth0", 4420));
+            assert_eq!(
+                (uri.target.host.as_str(), uri.target.port),
+                ("fe80::1%eth0", 4420)
+            );
         }
     }
 
@@ -351,11 +312,11 @@ mod tests {
     fn each_selector_is_read() {
         let uuid = Uuid::from_u128(7);
         for (query, selector) in [
-            ("nsid=3".to_owned(), Selector::Nsid(3)),
-            (format!("uuid={uuid}"), Selector::Uuid(uuid)),
+            ("nsid=3".to_owned(), NamespaceSelector::Nsid(3)),
+            (format!("uuid={uuid}"), NamespaceSelector::Uuid(uuid)),
             (
                 format!("nguid={:032x}", 7),
-                Selector::Nguid(*uuid.as_bytes()),
+                NamespaceSelector::Nguid(*uuid.as_bytes()),
             ),
         ] {
             assert_eq!(
@@ -383,8 +344,8 @@ mod tests {
     #[test]
     fn percent_encoding_is_undone() {
         let uri = parse("h/nqn.2026-01.org.example%3Adisk1?nsid=%31").unwrap();
-        assert_eq!(uri.subnqn.as_str(), NQN);
-        assert_eq!(uri.selector, Selector::Nsid(1));
+        assert_eq!(uri.target.subnqn.as_str(), NQN);
+        assert_eq!(uri.selector, NamespaceSelector::Nsid(1));
     }
 
     #[test]
@@ -441,13 +402,12 @@ mod tests {
 
     #[test]
     fn a_listener_on_every_address_is_shown_under_a_name() {
-        let shown = |local: &str, name| {
-            TransportAddress::of_listener(local.parse().unwrap(), name).to_string()
-        };
-        assert_eq!(shown("127.0.0.1:4420", Some("box")), "127.0.0.1:4420");
-        assert_eq!(shown("[fd00::1]:4420", None), "[fd00::1]:4420");
-        assert_eq!(shown("0.0.0.0:4420", Some("box")), "box:4420");
-        assert_eq!(shown("0.0.0.0:4420", Some("my box")), "127.0.0.1:4420");
-        assert_eq!(shown("[::]:1", None), "[::1]:1");
+        let host = |local: &str, name| host_of_listener(local.parse().unwrap(), name);
+        assert_eq!(host("127.0.0.1:4420", Some("box")), "127.0.0.1");
+        assert_eq!(host("[fd00::1]:4420", None), "fd00::1");
+        assert_eq!(host("[fe80::1%3]:4420", None), "fe80::1%3");
+        assert_eq!(host("0.0.0.0:4420", Some("box")), "box");
+        assert_eq!(host("0.0.0.0:4420", Some("my box")), "127.0.0.1");
+        assert_eq!(host("[::]:1", None), "::1");
     }
 }

@@ -1,0 +1,267 @@
+//! The program as it is run: what it prints, and how it fails.
+
+#![expect(clippy::expect_used, reason = "a test that cannot run has failed")]
+
+use std::ffi::OsStr;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const NQN: &str = "nqn.2026-01.org.example:disk1";
+
+fn run<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vhost-nvmf"))
+        .args(args)
+        .output()
+        .expect("the program can be run")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+}
+
+/// Runs with bad input: exit status 1, nothing on standard output, one line on standard error that
+/// has every word of `names`.
+#[track_caller]
+fn refused<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>, names: &[&str]) {
+    let output = run(args);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert_eq!(text(&output.stdout), "");
+    assert!(message.ends_with('\n'), "{message:?}");
+    assert_eq!(message.lines().count(), 1, "{message}");
+    assert!(message.starts_with("vhost-nvmf: "), "{message}");
+    for name in names {
+        assert!(message.contains(name), "{name:?} is not in: {message}");
+    }
+}
+
+#[track_caller]
+fn attach_refused(args: &[&str], names: &[&str]) {
+    let socket = ["attach", "--socket-path", "/nowhere/disk.sock"];
+    refused(socket.iter().chain(args), names);
+}
+
+#[track_caller]
+fn export_refused(args: &[&str], names: &[&str]) {
+    refused(["export"].iter().chain(args), names);
+}
+
+fn uri() -> String {
+    format!("nvme+tcp://127.0.0.1:1/{NQN}")
+}
+
+struct Directory(tempfile::TempDir);
+
+impl Directory {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a directory"))
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn file(&self, name: &str, size: usize) -> PathBuf {
+        let path = self.path(name);
+        std::fs::write(&path, vec![0; size]).expect("a file");
+        path
+    }
+
+    fn names(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.0.path()).expect("readable");
+        let name = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.expect("an entry").file_name().into_string().ok()
+        };
+        entries.filter_map(name).collect()
+    }
+}
+
+fn shown(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+#[test]
+fn help_and_version_are_printed_and_are_no_failure() {
+    for (args, words) in [
+        (&["--help"][..], &["Examples:", "attach", "export"][..]),
+        (&["help"], &["Examples:"]),
+        (
+            &["attach", "--help"],
+            &[
+                "Examples:",
+                "--socket-path",
+                "--keep-alive-tmo",
+                "nvme+tcp://",
+            ],
+        ),
+        (
+            &["export", "-h"],
+            &["Examples:", "--allow-host", "block-size=", "ram:"],
+        ),
+        (&["--version"], &["vhost-nvmf 0."]),
+    ] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        assert_eq!(text(&output.stderr), "", "{args:?}");
+        for word in words {
+            assert!(text(&output.stdout).contains(word), "{args:?}: {word}");
+        }
+    }
+}
+
+#[test]
+fn capabilities_are_json_whatever_else_is_asked() {
+    for args in [
+        &["--print-capabilities"][..],
+        &["attach", "--print-capabilities", "--no-such-option"],
+        &["--print-capabilities", "export", "/missing"],
+    ] {
+        let output = run(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(json["type"], "block");
+        assert_eq!(json["features"], serde_json::json!(["read-only"]));
+    }
+}
+
+#[test]
+fn a_command_line_that_asks_for_nothing_says_what_to_write() {
+    refused::<&str>([], &["attach", "export", "--help"]);
+    refused(["serve"], &["serve", "--help"]);
+    refused(["attach"], &["--socket-path", "URI", "attach --help"]);
+    refused(["export"], &["SPEC", "export --help"]);
+    attach_refused(&["--serail", "x", &uri()], &["--serail", "--serial"]);
+    refused(
+        ["--log-format", "xml", "export", "ram:1M"],
+        &["xml", "--log-format", "text", "json"],
+    );
+    refused(
+        ["export", "--log-level", "loud", "ram:1M"],
+        &["loud", "--log-level", "debug"],
+    );
+}
+
+#[test]
+fn malformed_uris_are_named() {
+    attach_refused(&["127.0.0.1"], &["127.0.0.1", "nvme+tcp://"]);
+    for (rest, names) in [
+        ("/x", &["host"][..]),
+        ("h", &["NQN"]),
+        ("h:0/x", &["'0'", "port"]),
+        ("h:99999/x", &["99999", "port"]),
+        ("::1/x", &["::1", "brackets"]),
+        ("h/disk1", &["disk1", "nqn."]),
+        ("h/%zz", &["%zz", "%25"]),
+        ("h/nqn.2014-08.org.nvmexpress.discovery", &["discovery"]),
+    ] {
+        attach_refused(&[&format!("nvme+tcp://{rest}")], names);
+    }
+    for (query, names) in [
+        ("nsid=0", &["nsid=0", "4294967294"][..]),
+        ("uuid=disk", &["uuid=disk", "UUID"]),
+        ("nguid=12", &["nguid=12", "32 hex"]),
+        ("name=x", &["name", "?nsid="]),
+        ("nsid=1&nsid=2", &["once"]),
+    ] {
+        attach_refused(&[&format!("{}?{query}", uri())], names);
+    }
+}
+
+#[test]
+fn malformed_names_and_numbers_are_named() {
+    let uri = uri();
+    for (option, value, word) in [
+        ("--hostnqn", "host1", "nqn."),
+        ("--hostid", "host1", "UUID"),
+        ("--hostid", "00000000-0000-0000-0000-000000000000", "zero"),
+        ("--serial", "123456789012345678901", "20"),
+        ("--serial", "disk\u{e9}", "ASCII"),
+        ("--num-queues", "0", "1..=256"),
+        ("--num-queues", "257", "1..=256"),
+        ("--nr-io-queues", "many", "many"),
+        ("--queue-size", "1", "2..=4096"),
+        ("--keep-alive-tmo", "3601", "0..=3600"),
+    ] {
+        attach_refused(&[option, value, &uri], &[option, value, word]);
+    }
+    for (option, value, word) in [
+        ("--subnqn", "disks", "nqn."),
+        ("--allow-host", "host1", "nqn."),
+        ("--listen", "localhost", "ADDR:PORT"),
+        ("--listen", "127.0.0.1", "ADDR:PORT"),
+    ] {
+        export_refused(&[option, value, "ram:1M"], &[option, value, word]);
+    }
+}
+
+#[test]
+fn malformed_specs_are_named() {
+    for (spec, word) in [
+        ("ram:", "size"),
+        ("ram:1X", "1X"),
+        ("ram:0", "0"),
+        ("ram:99999999T", "99999999T"),
+        ("ram:1K,block-size=4096", "multiple of the block size 4096"),
+        ("ram:1M,ro", "ro"),
+        ("ram:1M,block-size=520", "block-size=4096"),
+        ("ram:1M,uuid=1", "UUID"),
+        ("ram:1M,cache=none", "cache=none"),
+        ("file:", "path"),
+    ] {
+        export_refused(&[spec], &[spec, word]);
+    }
+}
+
+#[test]
+fn files_that_cannot_be_exported_are_named() {
+    let directory = Directory::new();
+    let missing = directory.path("missing.img");
+    export_refused(&[shown(&missing)], &[shown(&missing), "No such file"]);
+    export_refused(&[shown(directory.0.path())], &["a directory"]);
+    let odd = directory.file("odd.img", 1000);
+    export_refused(&[shown(&odd)], &["odd.img", "1000", "512", "truncate"]);
+    let blocks = directory.file("512.img", 512);
+    let spec = format!("{},block-size=4096", shown(&blocks));
+    export_refused(&[&spec], &["512.img", "4096"]);
+    let empty = directory.file("empty.img", 0);
+    export_refused(&[shown(&empty)], &["empty.img", "0 bytes"]);
+}
+
+#[test]
+fn namespaces_and_addresses_that_clash_are_named() {
+    let uuid = "uuid=6ba7b810-9dad-41d1-80b4-00c04fd430c8";
+    let specs = [format!("ram:1M,{uuid}"), format!("ram:2M,{uuid}")];
+    export_refused(&[&specs[0], &specs[1]], &["ram:1M", "ram:2M", "uuid="]);
+    let listen = ["--listen", "[::1]:4420", "--listen", "[::1]:4420"];
+    export_refused(&[&listen[..], &["ram:1M"]].concat(), &["[::1]:4420"]);
+}
+
+#[test]
+fn a_socket_path_that_cannot_be_had_is_named_and_nothing_is_left() {
+    let directory = Directory::new();
+    let uri = uri();
+    let attach = |path: &Path, names: &[&str]| {
+        refused(["attach", "--socket-path", shown(path), &uri], names);
+    };
+    attach(
+        &directory.path("missing/disk.sock"),
+        &["missing/disk.sock", "directory", "create it"],
+    );
+    attach(&directory.path(&"x".repeat(108)), &["107", "shorter"]);
+    let file = directory.file("disk.img", 4);
+    attach(&file, &["disk.img", "not a socket"]);
+    let taken = directory.path("taken.sock");
+    let _listener = UnixListener::bind(&taken).expect("a socket");
+    attach(&taken, &["taken.sock", "in use"]);
+    let mut names = directory.names();
+    names.sort();
+    assert_eq!(names, ["disk.img", "taken.sock"]);
+}
+
+#[test]
+fn a_name_with_a_line_break_stays_on_one_line() {
+    export_refused(&["/no\nsuch\u{1b}[31m.img"], &["/no", "such"]);
+    export_refused(&["ram:\n\nUsage: 1M"], &["ram:"]);
+    attach_refused(&["nvme+tcp://h\n/x"], &["host name"]);
+}
