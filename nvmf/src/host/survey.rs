@@ -13,6 +13,7 @@ use crate::spec::{Nqn, Sqe, Status};
 const NAMESPACES_MAX: usize = 4096;
 /// NSIDs in one page of the active list.
 const PAGE_ENTRIES: usize = IDENTIFY_LEN / 4;
+const _: () = assert!(NAMESPACES_MAX.is_multiple_of(PAGE_ENTRIES));
 /// The largest NSID that can name a namespace.
 const NSID_MAX: u32 = 0xffff_fffe;
 /// Namespaces that a message lists, at most.
@@ -89,8 +90,8 @@ impl Survey<'_> {
         })
     }
 
-    /// Active NSIDs above `after`: all when they fit in one page, otherwise at least `enough` of
-    /// them, but never more than [`NAMESPACES_MAX`].
+    /// Active NSIDs above `after`, page by page until there are `enough` (at most
+    /// [`NAMESPACES_MAX`]).
     async fn active(&self, after: u32, enough: usize) -> Result<Vec<u32>, HostError> {
         let mut nsids: Vec<u32> = Vec::new();
         let mut last = after;
@@ -114,13 +115,13 @@ impl Survey<'_> {
             }
             let full = nsids.len() - before == PAGE_ENTRIES;
             if !full || last == NSID_MAX || nsids.len() >= enough {
-                if full && nsids.len() >= NAMESPACES_MAX {
+                // Pages divide the bound, so it is met exactly.
+                if full && nsids.len() == NAMESPACES_MAX {
                     tracing::warn!(
                         controller = %self.admin.at(),
                         "only the first {NAMESPACES_MAX} namespaces are looked at"
                     );
                 }
-                nsids.truncate(NAMESPACES_MAX);
                 return Ok(nsids);
             }
         }

@@ -57,8 +57,9 @@ async fn the_address_that_got_farthest_gives_the_error() {
 
 #[tokio::test]
 async fn options_that_no_controller_takes_are_refused_before_anything_is_sent() {
+    type Change = fn(&mut HostOptions);
     let controller = Scripted::new();
-    let changes: [(fn(&mut HostOptions), &str); 5] = [
+    let changes: [(Change, &str); 5] = [
         (|o| o.hostid = Uuid::nil(), "--hostid"),
         (|o| o.nr_io_queues = 0, "--nr-io-queues"),
         (|o| o.queue_size = 1, "--queue-size"),
@@ -109,7 +110,8 @@ async fn a_controller_with_only_chosen_command_sets_is_asked_for_all_of_them() {
 
 #[tokio::test]
 async fn capabilities_that_cannot_be_are_refused() {
-    let changes: [(fn(&mut Cap), &str); 4] = [
+    type Change = fn(&mut Cap);
+    let changes: [(Change, &str); 4] = [
         (|cap| cap.0 &= !Cap::CSS_NVM, "NVM command set"),
         (|cap| cap.0 |= 5 << 48 | 5 << 52, "smallest page is 131072"),
         (|cap| cap.0 |= 1 << 48, "larger than its largest"),

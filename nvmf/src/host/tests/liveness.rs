@@ -40,7 +40,7 @@ async fn keep_alives_are_sent_twice_in_their_time_and_none_when_they_are_off() {
     let controller = Scripted::new();
     let association = connect_with(&controller, &with_kato(SHORT)).await.unwrap();
     tokio::time::sleep(SHORT * 3).await;
-    assert!(*association.lost().borrow() == None);
+    assert_eq!(*association.lost().borrow(), None);
     // The first at once, then one each half: 7, fewer on a machine that is busy.
     let sent = keep_alives(&controller);
     assert!((4..=7).contains(&sent), "{sent}");
@@ -50,7 +50,7 @@ async fn keep_alives_are_sent_twice_in_their_time_and_none_when_they_are_off() {
         .await
         .unwrap();
     tokio::time::sleep(SHORT).await;
-    assert!(*association.lost().borrow() == None);
+    assert_eq!(*association.lost().borrow(), None);
     assert_eq!(keep_alives(&controller), 0);
     assert_eq!(controller.look(|model| model.connects[0].0.kato), 0);
 }
@@ -86,7 +86,7 @@ async fn a_keep_alive_that_is_refused_is_still_a_sign_of_life() {
     });
     let association = connect_with(&controller, &with_kato(SHORT)).await.unwrap();
     tokio::time::sleep(SHORT * 3).await;
-    assert!(*association.lost().borrow() == None);
+    assert_eq!(*association.lost().borrow(), None);
 }
 
 #[tokio::test]
@@ -192,5 +192,5 @@ async fn commands_that_are_never_answered_disturb_no_other() {
     }
     controller.set_script(|_, _, _| None);
     assert_eq!(association.namespaces().await.unwrap().len(), 1);
-    assert!(*association.lost().borrow() == None);
+    assert_eq!(*association.lost().borrow(), None);
 }

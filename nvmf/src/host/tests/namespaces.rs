@@ -180,6 +180,17 @@ async fn lists_that_do_not_ascend_are_refused() {
 }
 
 #[tokio::test]
+async fn nothing_is_asked_for_after_the_largest_nsid() {
+    let last = 0xffff_fffe;
+    let controller = listing(move |after| match after {
+        0 => (last - 1023..=last).collect(),
+        _ => vec![1],
+    });
+    let association = connect(&controller).await.unwrap();
+    assert_eq!(association.namespaces().await.unwrap().len(), 1024);
+}
+
+#[tokio::test]
 async fn a_list_that_never_ends_is_cut() {
     let controller = listing(|after| (after + 1..=after + 1024).collect());
     let association = connect(&controller).await.unwrap();
