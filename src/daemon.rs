@@ -69,10 +69,15 @@ pub(crate) fn export(config: &ExportConfig, machine: &Machine) -> Result<(), Box
 
 /// The control plane's runtime, and at most `lanes` workers: one for each CPU.
 fn start(lanes: usize) -> io::Result<(Runtime, Vec<Worker>)> {
-    let runtime =
-        Builder::new_multi_thread().worker_threads(1).thread_name("control").enable_all().build()?;
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("control")
+        .enable_all()
+        .build()?;
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let workers = (0..cpus.min(lanes)).map(Worker::start).collect::<io::Result<_>>()?;
+    let workers = (0..cpus.min(lanes))
+        .map(Worker::start)
+        .collect::<io::Result<_>>()?;
     Ok((runtime, workers))
 }
 

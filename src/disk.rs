@@ -82,7 +82,9 @@ impl Disk {
                 counters: counters.lane(),
                 slots: LANE_SLOTS,
             };
-            worker.place(Box::new(move || Box::new(DeviceLane::new(setup)))).await;
+            worker
+                .place(Box::new(move || Box::new(DeviceLane::new(setup))))
+                .await;
             lanes.push(mailbox);
         }
         tracing::info!(
@@ -93,7 +95,13 @@ impl Disk {
             lanes = lanes.len(),
             "disk attached"
         );
-        Ok(Self { name, device, lanes, association, counters })
+        Ok(Self {
+            name,
+            device,
+            lanes,
+            association,
+            counters,
+        })
     }
 
     /// Serves front-ends, one after the other, until `stop` comes; then drains, shuts the
@@ -146,24 +154,25 @@ impl Disk {
         let stream = stream.into_std()?;
         let shutdown = stream.try_clone()?;
         let device = Arc::clone(&self.device);
-        let rings: Arc<dyn Rings> = Arc::new(LaneRings { lanes: self.lanes.clone() });
+        let rings: Arc<dyn Rings> = Arc::new(LaneRings {
+            lanes: self.lanes.clone(),
+        });
         let name = self.name.clone();
         let (ended, end) = oneshot::channel();
         // A thread of its own: the messages are read blocking, and a drain may take its time.
-        std::thread::Builder::new().name("session".to_owned()).spawn(move || {
-            if let Err(error) = serve(stream, device, rings) {
-                tracing::warn!(disk = name, %error, "session ended");
-            }
-            let _ = ended.send(());
-        })?;
+        std::thread::Builder::new()
+            .name("session".to_owned())
+            .spawn(move || {
+                if let Err(error) = serve(stream, device, rings) {
+                    tracing::warn!(disk = name, %error, "session ended");
+                }
+                let _ = ended.send(());
+            })?;
         tracing::info!(disk = self.name, "front-end connected");
         Ok(Session { shutdown, end })
     }
 
-    async fn path_lost(
-        &self,
-        lost: &tokio::sync::watch::Receiver<Option<nvmf::host::Loss>>,
-    ) {
+    async fn path_lost(&self, lost: &tokio::sync::watch::Receiver<Option<nvmf::host::Loss>>) {
         let loss = lost.borrow().as_ref().map(ToString::to_string);
         if let Some(loss) = loss {
             tracing::error!(
@@ -271,12 +280,20 @@ impl Rings for LaneRings {
 
     fn update(&self, index: usize, update: QueueUpdate) {
         let lane = self.lane(index);
-        lane.and_then(|lane| lane.ask(|done| LaneMessage::Update { index, update, done }));
+        lane.and_then(|lane| {
+            lane.ask(|done| LaneMessage::Update {
+                index,
+                update,
+                done,
+            })
+        });
     }
 
     fn stop(&self, index: usize) -> Option<Queue> {
         let lane = self.lane(index)?;
-        let queue = lane.ask(|done| LaneMessage::Stop { index, done }).flatten()?;
+        let queue = lane
+            .ask(|done| LaneMessage::Stop { index, done })
+            .flatten()?;
         Some(*queue)
     }
 }

@@ -1,6 +1,5 @@
 //! The embedded target: namespaces of files and memory, offered to hosts over NVMe/TCP.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,9 +10,7 @@ use nvmf::controller::{
 use nvmf::host::{NamespaceSelector, TargetAddress};
 use nvmf::transport::{Lane, Registry};
 
-use crate::config::{
-    ExportConfig, Machine, NamespaceConfig, Storage, Uri, host_of_listener,
-};
+use crate::config::{ExportConfig, Machine, NamespaceConfig, Storage, Uri, host_of_listener};
 use crate::worker::Worker;
 
 /// Why there is nothing to export.
@@ -52,7 +49,10 @@ impl Export {
         registry: Arc<Registry>,
         workers: Arc<[Worker]>,
     ) -> Result<Self, ExportError> {
-        let serial = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, config.subnqn.as_str().as_bytes());
+        let serial = uuid::Uuid::new_v5(
+            &uuid::Uuid::NAMESPACE_OID,
+            config.subnqn.as_str().as_bytes(),
+        );
         let mut subsystem = Subsystem::new(config.subnqn.clone(), &serial.simple().to_string());
         for host in config.allowed_hosts.iter().flatten() {
             subsystem.allow_host(host.clone());
@@ -61,7 +61,10 @@ impl Export {
             let backend = open_backend(namespace)?;
             subsystem.add_namespace(namespace.nsid, namespace.uuid, backend)?;
         }
-        let lanes = Arc::new(RoundRobin { workers, next: AtomicUsize::new(0) });
+        let lanes = Arc::new(RoundRobin {
+            workers,
+            next: AtomicUsize::new(0),
+        });
         let target = Target::new(vec![subsystem], Limits::default(), registry, lanes)?;
         let target = Arc::new(target);
         let port = Port::bind(Arc::clone(&target), &config.listen).await?;
@@ -87,11 +90,6 @@ impl Export {
             }
         }
         lines
-    }
-
-    /// Addresses that are listened on.
-    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
-        self.port.local_addrs()
     }
 
     /// Serves hosts until `stop` comes, then ends every association and logs the counters.

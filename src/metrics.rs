@@ -10,7 +10,8 @@ pub(crate) struct Counter(AtomicU64);
 impl Counter {
     /// Adds; called by the one lane that owns the counter.
     pub(crate) fn add(&self, more: u64) {
-        self.0.store(self.get().wrapping_add(more), Ordering::Relaxed);
+        self.0
+            .store(self.get().wrapping_add(more), Ordering::Relaxed);
     }
 
     /// Sets; called by the one lane that owns the counter.
@@ -89,14 +90,22 @@ impl DiskCounters {
     /// Counters for one more lane.
     pub(crate) fn lane(&self) -> Arc<LaneCounters> {
         let counters = Arc::new(LaneCounters::default());
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&counters));
+        self.lanes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::clone(&counters));
         counters
     }
 
     /// The sums.
     pub(crate) fn totals(&self) -> DiskTotals {
         let mut totals = DiskTotals::default();
-        for lane in self.lanes.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for lane in self
+            .lanes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+        {
             totals.add(lane);
         }
         totals
@@ -116,6 +125,9 @@ mod tests {
         b.reads.add(5);
         b.copied_bytes.set(7);
         let totals = counters.totals();
-        assert_eq!((totals.reads, totals.copied_bytes, totals.writes), (8, 7, 0));
+        assert_eq!(
+            (totals.reads, totals.copied_bytes, totals.writes),
+            (8, 7, 0)
+        );
     }
 }

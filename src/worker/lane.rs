@@ -81,7 +81,14 @@ pub(crate) struct LaneSetup {
 impl DeviceLane {
     /// A lane without rings.
     pub(crate) fn new(setup: LaneSetup) -> Self {
-        let LaneSetup { name, limits, pairs, mail, counters, slots } = setup;
+        let LaneSetup {
+            name,
+            limits,
+            pairs,
+            mail,
+            counters,
+            slots,
+        } = setup;
         Self {
             name,
             limits,
@@ -112,7 +119,11 @@ impl DeviceLane {
                 });
                 self.generation += 1;
             }
-            LaneMessage::Update { index, update, done } => {
+            LaneMessage::Update {
+                index,
+                update,
+                done,
+            } => {
                 if let Some(ring) = self.rings.iter_mut().find(|ring| ring.index == index) {
                     ring.queue.apply(update);
                     ring.scan = true;
@@ -174,8 +185,13 @@ impl DeviceLane {
     fn drop_lost_paths(&mut self) -> bool {
         let before = self.paths.len();
         for index in (0..before).rev() {
-            let Some(ending) = self.paths[index].ending() else { continue };
-            tracing::error!(disk = self.name, "path lost: {ending}; requests in flight on it fail");
+            let Some(ending) = self.paths[index].ending() else {
+                continue;
+            };
+            tracing::error!(
+                disk = self.name,
+                "path lost: {ending}; requests in flight on it fail"
+            );
             while let Some(completion) = self.paths[index].completion() {
                 self.inflight.settle(completion, &mut self.storage);
             }
@@ -188,11 +204,21 @@ impl DeviceLane {
 
     /// Submits commands that wait, as many as there is room for.
     fn issue(&mut self) {
-        let Self { inflight, paths, storage, limits, counters, .. } = self;
+        let Self {
+            inflight,
+            paths,
+            storage,
+            limits,
+            counters,
+            ..
+        } = self;
         let rejected = inflight.issue(limits, storage, |sqe, transfer, token| {
             let alive = paths.iter_mut().find(|pair| pair.ending().is_none());
             let Some(pair) = alive else {
-                return Err(Rejected { transfer, reason: RejectedReason::Ended });
+                return Err(Rejected {
+                    transfer,
+                    reason: RejectedReason::Ended,
+                });
             };
             counters.commands.add(1);
             pair.submit(sqe, transfer, token).map(drop)
@@ -263,7 +289,12 @@ impl DeviceLane {
 
     /// Answers every request that is over.
     fn finish(&mut self) {
-        while let Some(Finished { guest, operation, outcome }) = self.inflight.take_done() {
+        while let Some(Finished {
+            guest,
+            operation,
+            outcome,
+        }) = self.inflight.take_done()
+        {
             let counters = &self.counters;
             counters.requests.add(1);
             let status = outcome.blk_status();
@@ -293,7 +324,11 @@ impl DeviceLane {
 
     fn answer(&mut self, guest: Guest, status: BlkStatus) {
         let Guest { ring, token, .. } = guest;
-        if let Some(ring) = self.rings.iter_mut().find(|candidate| candidate.index == ring) {
+        if let Some(ring) = self
+            .rings
+            .iter_mut()
+            .find(|candidate| candidate.index == ring)
+        {
             ring.queue.finish(token, status);
         }
     }
@@ -339,7 +374,10 @@ impl DeviceLane {
     }
 
     fn publish_counters(&self) {
-        let total = self.paths.iter().fold(self.past, |total, pair| sum(total, pair.counters()));
+        let total = self
+            .paths
+            .iter()
+            .fold(self.past, |total, pair| sum(total, pair.counters()));
         self.counters.copied_bytes.set(total.copied_bytes);
         self.counters.sends.set(total.sends);
         self.counters.receives.set(total.receives);
@@ -347,7 +385,9 @@ impl DeviceLane {
 
     /// Rings whose kicks are watched, in the order of the descriptors.
     fn kicked_rings(&mut self) -> impl Iterator<Item = &mut Ring> {
-        self.rings.iter_mut().filter(|ring| ring.queue.kick_fd().is_some())
+        self.rings
+            .iter_mut()
+            .filter(|ring| ring.queue.kick_fd().is_some())
     }
 }
 
@@ -370,7 +410,9 @@ impl Lane for DeviceLane {
     }
 
     fn wants_write(&self, index: usize) -> bool {
-        self.paths.get(index).is_some_and(|pair| pair.interest().writable)
+        self.paths
+            .get(index)
+            .is_some_and(|pair| pair.interest().writable)
     }
 
     fn poll_mailbox(&mut self, cx: &mut Context<'_>) -> bool {

@@ -68,7 +68,12 @@ impl Worker {
 
 /// Drives one lane until it ends.
 async fn drive(lane: Box<dyn Lane>) {
-    let mut driver = Driver { lane, watches: Vec::new(), ready: Vec::new(), generation: None };
+    let mut driver = Driver {
+        lane,
+        watches: Vec::new(),
+        ready: Vec::new(),
+        generation: None,
+    };
     poll_fn(|cx| driver.poll(cx)).await;
 }
 
@@ -117,7 +122,13 @@ impl Driver {
             self.watches.push(Watch::new(*fd)?);
         }
         self.ready.clear();
-        self.ready.resize(descriptors.len(), Ready { readable: true, writable: true });
+        self.ready.resize(
+            descriptors.len(),
+            Ready {
+                readable: true,
+                writable: true,
+            },
+        );
         self.generation = Some(self.lane.generation());
         Ok(())
     }
