@@ -1,11 +1,13 @@
-//! The program as it is run: what it prints, and how it fails.
+//! The program as it is run: what it prints, how it fails, and that it leaves nothing behind.
 
 #![expect(clippy::expect_used, reason = "a test that cannot run has failed")]
 
 use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
 
 const NQN: &str = "nqn.2026-01.org.example:disk1";
 
@@ -264,4 +266,125 @@ fn a_name_with_a_line_break_stays_on_one_line() {
     export_refused(&["/no\nsuch\u{1b}[31m.img"], &["/no", "such"]);
     export_refused(&["ram:\n\nUsage: 1M"], &["ram:"]);
     attach_refused(&["nvme+tcp://h\n/x"], &["host name"]);
+}
+
+/// A running `export`, ended with the test.
+struct Export {
+    child: Child,
+    uris: Vec<String>,
+}
+
+impl Export {
+    /// Exports on a free port and waits for the URIs of `specs`.
+    fn start(options: &[&str], specs: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vhost-nvmf"))
+            .args(["export", "--listen", "127.0.0.1:0", "--subnqn", NQN])
+            .args(options)
+            .args(specs)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the program can be run");
+        let out = child.stdout.take().expect("a pipe");
+        let lines = BufReader::new(out).lines().take(specs.len());
+        let uris = lines.map(|line| line.expect("a URI")).collect();
+        Self { child, uris }
+    }
+
+    /// `nvme+tcp://127.0.0.1:PORT/`.
+    fn base(&self) -> &str {
+        let uri = &self.uris[0];
+        &uri[..uri.find("/nqn.").expect("a URI") + 1]
+    }
+
+    fn port(&self) -> &str {
+        let port = self.base().rsplit(':').next().expect("a port");
+        port.trim_end_matches('/')
+    }
+
+    /// Asks it to end, and gives it the two seconds that it may take.
+    fn terminate(mut self) -> ExitStatus {
+        let pid = self.child.id().to_string();
+        let kill = Command::new("kill").args(["-TERM", &pid]).status();
+        assert!(kill.expect("kill can be run").success());
+        let deadline = Instant::now() + Duration::from_secs(2);
+        loop {
+            if let Some(status) = self.child.try_wait().expect("our child") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Export {
+    fn drop(&mut self) {
+        // It has ended already after `terminate`.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// As [`refused`], for an `attach` that gets as far as the network; its socket is gone afterwards.
+#[track_caller]
+fn attach_fails(uri: &str, options: &[&str], names: &[&str]) {
+    let directory = Directory::new();
+    let socket = directory.path("disk.sock");
+    let args = ["--log-level", "error", "attach", "--socket-path"];
+    let args = args.into_iter().chain([shown(&socket), uri]);
+    refused(args.chain(options.iter().copied()), names);
+    assert_eq!(directory.names(), [""; 0]);
+}
+
+#[test]
+fn export_prints_the_uri_of_each_namespace_and_ends_when_told_to() {
+    let export = Export::start(&[], &["ram:1M", "ram:1M,block-size=4096"]);
+    for (nsid, uri) in (1..).zip(&export.uris) {
+        assert!(uri.starts_with("nvme+tcp://127.0.0.1:"), "{uri}");
+        assert!(uri.ends_with(&format!("/{NQN}?nsid={nsid}")), "{uri}");
+    }
+    assert_eq!(export.terminate().code(), Some(0));
+}
+
+#[test]
+fn a_controller_that_cannot_be_reached_is_named() {
+    // Port 1 needs privileges to listen on, and nothing does.
+    attach_fails(&uri(), &[], &["127.0.0.1:1", "refused"]);
+    let uri = format!("nvme+tcp://no-such-host.invalid/{NQN}");
+    attach_fails(&uri, &[], &["no-such-host.invalid"]);
+}
+
+#[test]
+fn a_subsystem_or_namespace_that_is_not_there_is_named() {
+    let export = Export::start(&[], &["ram:1M", "ram:2M"]);
+    let other = "nqn.2026-01.org.example:other";
+    attach_fails(&format!("{}{other}", export.base()), &[], &[other]);
+    let subsystem = format!("{}{NQN}", export.base());
+    attach_fails(
+        &format!("{subsystem}?nsid=3"),
+        &[],
+        &["nsid=3", "nsid=1", "nsid=2"],
+    );
+    let uuid = "uuid=6ba7b810-9dad-41d1-80b4-00c04fd430c8";
+    attach_fails(&format!("{subsystem}?{uuid}"), &[], &[uuid, "nsid=1"]);
+    attach_fails(&subsystem, &[], &["nsid=1", "nsid=2"]);
+}
+
+#[test]
+fn a_host_that_is_not_allowed_is_named() {
+    let allowed = "nqn.2026-01.org.example:friend";
+    let export = Export::start(&["--allow-host", allowed], &["ram:1M"]);
+    let stranger = "nqn.2026-01.org.example:stranger";
+    attach_fails(&export.uris[0], &["--hostnqn", stranger], &[stranger]);
+}
+
+#[test]
+fn an_address_that_cannot_be_listened_on_is_named() {
+    let export = Export::start(&[], &["ram:1M"]);
+    let address = format!("127.0.0.1:{}", export.port());
+    export_refused(&["--listen", &address, "ram:1M"], &[&address, "in use"]);
+    // An address for documentation, which no machine has.
+    let address = "192.0.2.1:4420";
+    export_refused(&["--listen", address, "ram:1M"], &[address]);
 }
