@@ -101,10 +101,6 @@ const FORBIDDEN: &[Edge] = &[
         from: "nvmf/src/backend/",
         to: &["crate::tcp", "crate::host", "crate::controller"],
     },
-    Edge {
-        from: "guest-tests/",
-        to: &["vhost_nvmf"],
-    },
     // The bridge is pure.
     Edge {
         from: "src/bridge/",
@@ -202,6 +198,12 @@ fn check_source(file: &str, text: &str) -> Vec<Violation> {
             violation(line, "`unsafe` has no place here".to_owned());
         }
     }
+    for line in borrowed_sources(&tokens) {
+        violation(
+            line,
+            "sources of another package are not taken in".to_owned(),
+        );
+    }
     let mut uses = Vec::new();
     collect_uses(tokens, &mut module_of(file), &mut uses);
     for edge in FORBIDDEN.iter().filter(|edge| file.starts_with(edge.from)) {
@@ -276,6 +278,27 @@ fn words(tokens: &TokenStream, word: &str) -> Vec<usize> {
             TokenTree::Group(group) => lines.extend(words(&group.stream(), word)),
             TokenTree::Ident(ident) if ident == word => lines.push(ident.span().start().line),
             _ => {}
+        }
+    }
+    lines
+}
+
+/// Lines where `#[path = ".."]` or `include!("..")` reaches outside its directory.
+fn borrowed_sources(tokens: &TokenStream) -> Vec<usize> {
+    let tokens: Vec<TokenTree> = tokens.clone().into_iter().collect();
+    let mut lines = Vec::new();
+    for (at, token) in tokens.iter().enumerate() {
+        if let TokenTree::Group(group) = token {
+            lines.extend(borrowed_sources(&group.stream()));
+        }
+        let sign = match token {
+            TokenTree::Ident(word) if word == "path" => "=",
+            TokenTree::Ident(word) if word == "include" => "!",
+            _ => continue,
+        };
+        let text = |at: usize| tokens.get(at).map(ToString::to_string).unwrap_or_default();
+        if text(at + 1) == sign && text(at + 2).contains("..") {
+            lines.push(token.span().start().line);
         }
     }
     lines
@@ -573,6 +596,22 @@ fn unsafe_is_seen_outside_its_files_only() {
         ),
         [""; 0]
     );
+}
+
+#[test]
+fn sources_taken_from_elsewhere_are_seen() {
+    for code in [
+        "#[path = \"../../src/config/uri.rs\"]\nmod uri;",
+        "include!(\"../../src/limits.rs\");",
+    ] {
+        assert_eq!(said("guest-tests/src/lib.rs", code).len(), 1, "{code}");
+    }
+    for code in [
+        "#[path = \"uri_tests.rs\"]\nmod tests;",
+        "fn path(x: [u8; 4]) { f(&x[..2]) }",
+    ] {
+        assert_eq!(said("guest-tests/src/lib.rs", code), [""; 0], "{code}");
+    }
 }
 
 #[test]
