@@ -277,12 +277,16 @@ struct Export {
 impl Export {
     /// Exports on a free port and waits for the URIs of `specs`.
     fn start(options: &[&str], specs: &[&str]) -> Self {
+        Self::start_logging(options, specs, Stdio::null())
+    }
+
+    fn start_logging(options: &[&str], specs: &[&str], log: Stdio) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_vhost-nvmf"))
             .args(["export", "--listen", "127.0.0.1:0", "--subnqn", NQN])
             .args(options)
             .args(specs)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(log)
             .spawn()
             .expect("the program can be run");
         let out = child.stdout.take().expect("a pipe");
@@ -345,6 +349,30 @@ fn export_prints_the_uri_of_each_namespace_and_ends_when_told_to() {
         assert!(uri.ends_with(&format!("/{NQN}?nsid={nsid}")), "{uri}");
     }
     assert_eq!(export.terminate().code(), Some(0));
+}
+
+#[test]
+fn the_log_is_lines_or_json_and_silent_when_told_to_be() {
+    let log = |options: &[&str]| {
+        let directory = Directory::new();
+        let path = directory.path("log");
+        let file = std::fs::File::create(&path).expect("a file");
+        let export = Export::start_logging(options, &["ram:1M"], file.into());
+        assert_eq!(export.terminate().code(), Some(0));
+        std::fs::read_to_string(path).expect("a log")
+    };
+    let lines = log(&[]);
+    assert!(
+        lines.contains(" INFO ") && !lines.contains('\u{1b}'),
+        "{lines}"
+    );
+    let json = log(&["--log-format", "json"]);
+    assert!(!json.is_empty());
+    for line in json.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        assert!(line["level"].is_string() && line["timestamp"].is_string());
+    }
+    assert_eq!(log(&["--log-level", "off"]), "");
 }
 
 #[test]

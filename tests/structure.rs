@@ -434,6 +434,14 @@ fn begins(path: &[String], to: &str) -> bool {
     true
 }
 
+/// Documents that a text names, such as `docs/testing.md`.
+fn documents(text: &str) -> impl Iterator<Item = &str> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "-_/.".contains(c);
+    text.split(move |c| !is_name(c))
+        .filter(|word| word.starts_with("docs/") && word.contains(".md"))
+        .map(|word| word.trim_end_matches('.'))
+}
+
 /// Every file of the workspace with this ending, by its path from the root.
 fn files(ending: &str) -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -498,6 +506,21 @@ fn the_manifests_keep_to_the_structure() {
     }
     let check = |(file, text): &(String, String)| check_manifest(file, text);
     none(manifests.iter().flat_map(check).collect());
+}
+
+#[test]
+fn documents_that_are_named_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut named = 0;
+    for (file, text) in [files(".rs"), files(".md"), files(".toml")].concat() {
+        for document in documents(&text).filter(|_| file != "tests/structure.rs") {
+            assert!(root.join(document).is_file(), "{file} names {document}");
+            named += 1;
+        }
+    }
+    assert!(named > 0, "the search is broken");
+    let text = "see [x](docs/a.md), `docs/adr/0001-b.md`.";
+    assert!(documents(text).eq(["docs/a.md", "docs/adr/0001-b.md"]));
 }
 
 /// What the checker says about a file with this code after a proper beginning.
