@@ -73,6 +73,7 @@ async fn drive(lane: Box<dyn Lane>) {
         watches: Vec::new(),
         ready: Vec::new(),
         generation: None,
+        again: false,
     };
     poll_fn(|cx| driver.poll(cx)).await;
 }
@@ -82,12 +83,15 @@ struct Driver {
     watches: Vec<Watch>,
     ready: Vec<Ready>,
     generation: Option<u64>,
+    /// The last turn stopped at its bound.
+    again: bool,
 }
 
 impl Driver {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            let mut due = self.lane.poll_mailbox(cx);
+            let mut due = std::mem::take(&mut self.again);
+            due |= self.lane.poll_mailbox(cx);
             if self.generation != Some(self.lane.generation()) {
                 if let Err(error) = self.watch() {
                     tracing::error!(%error, "a lane's descriptors cannot be watched; it ends");
@@ -105,6 +109,7 @@ impl Driver {
                 // Once more round: what the turn used up is waited for from now on.
                 Turn::Idle => {}
                 Turn::Again => {
+                    self.again = true;
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
@@ -131,5 +136,60 @@ impl Driver {
         );
         self.generation = Some(self.lane.generation());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::BorrowedFd;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, mpsc as std_mpsc};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Has nothing to wait for; works until it has had its turns.
+    struct Busy {
+        left: usize,
+        turns: Arc<AtomicUsize>,
+        over: std_mpsc::Sender<()>,
+    }
+
+    impl Lane for Busy {
+        fn generation(&self) -> u64 {
+            0
+        }
+
+        fn descriptors<'a>(&'a self, _out: &mut Vec<BorrowedFd<'a>>) {}
+
+        fn wants_write(&self, _index: usize) -> bool {
+            false
+        }
+
+        fn poll_mailbox(&mut self, _cx: &mut Context<'_>) -> bool {
+            false
+        }
+
+        fn turn(&mut self, _ready: &mut [Ready]) -> Turn {
+            self.turns.fetch_add(1, Ordering::Relaxed);
+            if self.left == 0 {
+                self.over.send(()).unwrap();
+                return Turn::Ended;
+            }
+            self.left -= 1;
+            Turn::Again
+        }
+    }
+
+    #[test]
+    fn a_lane_that_wants_another_turn_gets_it_although_nothing_becomes_ready() {
+        let worker = Worker::start(0).unwrap();
+        let turns = Arc::new(AtomicUsize::new(0));
+        let (over, ended) = std_mpsc::channel();
+        let lane = Busy { left: 100, turns: Arc::clone(&turns), over };
+        assert!(worker.try_place(Box::new(move || Box::new(lane))));
+        ended.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(turns.load(Ordering::Relaxed), 101);
+        worker.finish().join().unwrap();
     }
 }
