@@ -52,8 +52,13 @@ impl LossReport {
         });
     }
 
+    /// A receiver to which a loss is news, also one from before.
     pub(super) fn subscribe(&self) -> watch::Receiver<Option<Loss>> {
-        self.0.subscribe()
+        let mut losses = self.0.subscribe();
+        if losses.borrow().is_some() {
+            losses.mark_changed();
+        }
+        losses
     }
 
     pub(super) fn get(&self) -> Option<Loss> {

@@ -285,7 +285,8 @@ impl Association {
         Ok(driven.into_pair())
     }
 
-    /// Tells when the association is lost, and how: once, the first cause. The sender goes away
+    /// Tells when the association is lost, and how: once, the first cause. A loss from before this
+    /// call counts as a change, too. The sender goes away
     /// with the association, without a loss when the association was shut down or dropped.
     pub fn lost(&self) -> watch::Receiver<Option<Loss>> {
         self.losses.subscribe()

@@ -129,6 +129,23 @@ async fn only_the_first_loss_is_reported() {
 }
 
 #[tokio::test]
+async fn who_asks_after_the_loss_still_hears_of_it() {
+    let controller = Scripted::new();
+    let association = connect(&controller).await.unwrap();
+    controller.end(Ending::Closed);
+    loss_of(&association).await;
+    let mut late = association.lost();
+    timeout(LONG, late.changed())
+        .await
+        .expect("in time")
+        .unwrap();
+    assert!(late.borrow_and_update().is_some());
+    timeout(SHORT, late.changed())
+        .await
+        .expect_err("it is told once");
+}
+
+#[tokio::test]
 async fn shutdown_notifies_waits_and_is_no_loss() {
     let controller = Scripted::new();
     let association = connect(&controller).await.unwrap();
