@@ -360,11 +360,11 @@ async fn an_idle_association_stays_alive() {
     let exported = Exported::new();
     let registry = Registry::with_defaults();
     let mut options = options();
-    options.keep_alive_tmo = Duration::from_millis(200);
+    options.keep_alive_tmo = Duration::from_secs(1);
     let association = connect(&registry, exported.at, &options).await;
     let mut pairs = association.open_io_queues(&registry).await.unwrap();
-    // The controller may round the time up to a second, and watch in steps of it.
-    tokio::time::sleep(Duration::from_millis(2500)).await;
+    // A controller may take up to twice the time to notice.
+    tokio::time::sleep(options.keep_alive_tmo * 3).await;
     assert_eq!(*association.lost().borrow(), None);
     assert_eq!(exported.target.associations(), 1);
     let mut pair = Driven::new(pairs.remove(0)).unwrap();
@@ -406,7 +406,10 @@ async fn a_controller_that_falls_silent_is_lost_when_the_keep_alive_expires() {
     let loss = loss_of(&association).await;
     assert_eq!(loss, Loss::KeepAlive(options.keep_alive_tmo));
     let took = started.elapsed();
-    assert!(took < options.keep_alive_tmo * 4, "{took:?}");
+    assert!(
+        took >= options.keep_alive_tmo / 2 && took < LONG,
+        "{took:?}"
+    );
 }
 
 #[tokio::test]

@@ -52,8 +52,13 @@ impl LossReport {
         });
     }
 
+    /// A receiver to which a loss is news, also one from before.
     pub(super) fn subscribe(&self) -> watch::Receiver<Option<Loss>> {
-        self.0.subscribe()
+        let mut losses = self.0.subscribe();
+        if losses.borrow().is_some() {
+            losses.mark_changed();
+        }
+        losses
     }
 
     pub(super) fn get(&self) -> Option<Loss> {
@@ -68,8 +73,19 @@ pub(super) struct Admin {
     /// How long a command may take that says nothing else.
     timeout: Duration,
     requests: mpsc::Sender<Request>,
-    stop: Arc<Notify>,
+    stop: Arc<Stop>,
     losses: LossReport,
+}
+
+/// Ends the queue when told, or when dropped: also while the queue is full of commands without an
+/// answer, and its task takes no requests.
+#[derive(Debug)]
+struct Stop(Arc<Notify>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
 }
 
 impl Admin {
@@ -96,7 +112,7 @@ impl Admin {
             at,
             timeout,
             requests,
-            stop,
+            stop: Arc::new(Stop(stop)),
             losses,
         };
         (admin, task)
@@ -119,7 +135,7 @@ impl Admin {
 
     /// Ends the queue now.
     pub(super) fn stop(&self) {
-        self.stop.notify_one();
+        self.stop.0.notify_one();
     }
 
     /// Runs a command, and fails unless its status is success.
@@ -265,10 +281,7 @@ impl Owner {
             let room = self.driven.pair().room() > 0;
             tokio::select! {
                 () = self.driven.progress() => {}
-                request = self.inbox.recv(), if room => match request {
-                    Some(request) => self.submit(request),
-                    None => self.driven.pair().end(),
-                },
+                Some(request) = self.inbox.recv(), if room => self.submit(request),
                 () = self.stop.notified() => self.driven.pair().end(),
             }
         }

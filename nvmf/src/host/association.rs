@@ -6,7 +6,6 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
-use uuid::Uuid;
 
 use super::address::{TargetAddress, share};
 use super::admin::{ADMIN_QUEUE_ENTRIES, Admin, LossReport};
@@ -17,10 +16,11 @@ use super::error::{HostError, Loss};
 use super::identify::{ControllerInfo, identify_controller};
 use super::keepalive::KeepAlive;
 use super::namespace::{NamespaceInfo, NamespaceSelector};
+use super::options::HostOptions;
 use super::survey::Survey;
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::property::Cc;
-use crate::spec::{Nqn, Sqe, feature};
+use crate::spec::{Sqe, feature};
 use crate::transport::drive::Driven;
 use crate::transport::{HostQueuePair, Registry, Transfer};
 
@@ -32,78 +32,6 @@ const SURVEY_COMMANDS: u32 = 6;
 const FAILED_SHUTDOWN: Duration = Duration::from_millis(500);
 /// How long the end of the admin queue's task is waited for, once it was told.
 const STOP_GRACE: Duration = Duration::from_millis(100);
-
-/// Who we are and what we ask of a controller.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostOptions {
-    /// Our NQN: what the target's list of allowed hosts goes by.
-    pub hostnqn: Nqn,
-    /// Our host identifier; not nil. One NQN always comes with the same identifier.
-    pub hostid: Uuid,
-    /// I/O queues to ask for, at least 1. Fewer may be granted.
-    pub nr_io_queues: u16,
-    /// Entries of an I/O queue, at least 2; one fewer can be outstanding. The controller's limit
-    /// applies.
-    pub queue_size: u16,
-    /// Keep-alive time-out, sent in milliseconds; zero turns it off.
-    pub keep_alive_tmo: Duration,
-    /// How long connecting to all addresses of the target may take together, and each command after
-    /// that. Enabling may take what the controller states instead.
-    pub connect_timeout: Duration,
-}
-
-impl HostOptions {
-    /// Options with their defaults: one queue of 128 entries, 5 s until either end takes the other
-    /// for dead, 5 s to connect.
-    pub fn new(hostnqn: Nqn, hostid: Uuid) -> Self {
-        Self {
-            hostnqn,
-            hostid,
-            nr_io_queues: 1,
-            queue_size: 128,
-            keep_alive_tmo: Duration::from_secs(5),
-            connect_timeout: Duration::from_secs(5),
-        }
-    }
-
-    /// Refuses what no controller would take. Returns KATO in milliseconds, rounded up.
-    fn check(&self) -> Result<u32, HostError> {
-        let refused = |option, value: String, reason| {
-            Err(HostError::Option {
-                option,
-                value,
-                reason,
-            })
-        };
-        if self.hostid.is_nil() {
-            return refused(
-                "--hostid",
-                self.hostid.to_string(),
-                "it must not be all zeroes",
-            );
-        }
-        if self.nr_io_queues == 0 {
-            return refused("--nr-io-queues", "0".to_owned(), "at least 1 is needed");
-        }
-        if self.queue_size < 2 {
-            let reason = "a queue has at least 2 entries";
-            return refused("--queue-size", self.queue_size.to_string(), reason);
-        }
-        if self.connect_timeout.is_zero() {
-            let reason = "nothing can be connected to in no time";
-            return refused("the connect time-out", "0".to_owned(), reason);
-        }
-        let millis = self.keep_alive_tmo.as_nanos().div_ceil(1_000_000);
-        u32::try_from(millis).or_else(|_| {
-            let reason = "the most is 4294967 s";
-            refused(
-                "--keep-alive-tmo",
-                format!("{:?}", self.keep_alive_tmo),
-                reason,
-            )
-        })
-    }
-}
 
 /// An association with a controller, as long as this value lives. Dropping it closes the admin
 /// queue at once; [`Self::shutdown`] is the orderly end.
@@ -357,7 +285,8 @@ impl Association {
         Ok(driven.into_pair())
     }
 
-    /// Tells when the association is lost, and how: once, the first cause. The sender goes away
+    /// Tells when the association is lost, and how: once, the first cause. A loss from before this
+    /// call counts as a change, too. The sender goes away
     /// with the association, without a loss when the association was shut down or dropped.
     pub fn lost(&self) -> watch::Receiver<Option<Loss>> {
         self.losses.subscribe()

@@ -19,6 +19,7 @@ mod error;
 mod identify;
 mod keepalive;
 mod namespace;
+mod options;
 #[cfg(test)]
 mod scripted;
 mod survey;
@@ -26,7 +27,8 @@ mod survey;
 mod tests;
 
 pub use address::TargetAddress;
-pub use association::{Association, HostOptions};
-pub use error::{HostError, Loss};
+pub use association::Association;
+pub use error::{HostError, Loss, Queue};
 pub use identify::{ControllerInfo, DeallocateLimits};
 pub use namespace::{NamespaceInfo, NamespaceSelector, OptimalIo};
+pub use options::HostOptions;

@@ -260,6 +260,11 @@ impl Scripted {
         look(&mut self.state().model)
     }
 
+    /// Queue pairs that exist. The test must have no clone of this value.
+    pub(super) fn alive(&self) -> usize {
+        Arc::strong_count(&self.0) - 1
+    }
+
     pub(super) fn opened(&self) -> Vec<(SocketAddr, NewQueue)> {
         self.state().opened.clone()
     }

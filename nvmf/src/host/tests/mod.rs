@@ -9,8 +9,9 @@ use std::net::SocketAddr;
 
 use uuid::Uuid;
 
-use super::association::{Association, HostOptions};
+use super::association::Association;
 use super::error::HostError;
+use super::options::HostOptions;
 use super::scripted::{SUBNQN, Scripted};
 use super::{NamespaceSelector, TargetAddress};
 use crate::spec::{Nqn, Sqe};
