@@ -1,9 +1,8 @@
 //! Descriptor chains: walked once, checked for what the walk does not enforce, and read.
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::memory::{GuestMap, Region};
+use crate::memory::GuestMap;
 
 /// Why a ring is not served any more. Heads are numbers of descriptors in the ring's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -101,10 +100,7 @@ impl Chain {
     }
 
     /// Reads all descriptors of a chain, each once.
-    pub(crate) fn read(
-        &mut self,
-        chain: DescriptorChain<&vm_memory::GuestRegionCollection<Region>>,
-    ) -> Result<(), BrokenRing> {
+    pub(crate) fn read(&mut self, chain: DescriptorChain<&GuestMap>) -> Result<(), BrokenRing> {
         let head = chain.head_index();
         self.head = head;
         self.pieces.clear();
@@ -157,7 +153,7 @@ impl Chain {
         let last = self.half(Half::Writable).last();
         let last = last.ok_or(BrokenRing::NoStatus { head })?;
         let addr = last.addr.checked_add(u64::from(last.len) - 1);
-        addr.filter(|addr| map.memory().address_in_range(GuestAddress(*addr)))
+        addr.filter(|addr| map.contains(*addr))
             .ok_or(BrokenRing::OutsideMemory { head })
     }
 
@@ -200,9 +196,7 @@ impl Chain {
         self.for_range(Half::Readable, skip, rest.len() as u64, |addr, len| {
             let (now, later) = std::mem::take(&mut rest).split_at_mut(len);
             rest = later;
-            map.memory()
-                .read_slice(now, GuestAddress(addr))
-                .map_err(|_| outside)
+            map.read_at(addr, now).map_err(|_| outside)
         })
     }
 
@@ -213,9 +207,7 @@ impl Chain {
         self.for_range(Half::Writable, 0, from.len() as u64, |addr, len| {
             let (now, later) = rest.split_at(len);
             rest = later;
-            map.memory()
-                .write_slice(now, GuestAddress(addr))
-                .map_err(|_| outside)
+            map.write_at(addr, now).map_err(|_| outside)
         })
     }
 

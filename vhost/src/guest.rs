@@ -167,7 +167,7 @@ impl Guest {
     }
 
     pub(crate) fn write(&self, addr: u64, bytes: &[u8]) {
-        let memory = self.map.memory();
+        let memory = &*self.map;
         memory
             .write_slice(bytes, GuestAddress(addr))
             .expect("in memory");
@@ -175,7 +175,7 @@ impl Guest {
 
     pub(crate) fn read(&self, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        let memory = self.map.memory();
+        let memory = &*self.map;
         memory
             .read_slice(&mut bytes, GuestAddress(addr))
             .expect("in memory");

@@ -12,6 +12,7 @@
 //! front-end does not truncate the files that it shares, and that it does not remove a region that
 //! the guest still has requests in.
 
+mod access;
 mod blk;
 mod chain;
 mod channel;

@@ -22,6 +22,7 @@ use vm_memory::{
     GuestRegionCollection, GuestUsize, MemoryRegionAddress, VolatileSlice,
 };
 
+use crate::access::Slices;
 use crate::device::MAX_MEMORY_SLOTS;
 
 /// `f_type` of a hugetlbfs, whose files are mapped in whole huge pages.
@@ -85,7 +86,7 @@ impl Drop for Mapping {
 
 /// A mapped region.
 #[derive(Debug)]
-pub(crate) struct Region {
+pub struct Region {
     spec: RegionSpec,
     mapping: Mapping,
     /// Where the region starts in the mapping, which starts at a page boundary of the file.
@@ -246,8 +247,16 @@ impl GuestMap {
         self.memory.num_regions()
     }
 
-    /// Access by guest physical address.
-    pub(crate) fn memory(&self) -> &GuestRegionCollection<Region> {
+    /// Up to `len` bytes at `addr`, as far as one region has them.
+    #[inline]
+    pub(crate) fn slice(&self, addr: u64, len: usize) -> Option<VolatileSlice<'_>> {
+        let (region, at) = self.memory.to_region_addr(GuestAddress(addr))?;
+        let behind = usize::try_from(region.spec.size - at.0).unwrap_or(usize::MAX);
+        region.get_slice(at, len.min(behind)).ok()
+    }
+
+    /// The regions.
+    pub(crate) fn table(&self) -> &GuestRegionCollection<Region> {
         &self.memory
     }
 
@@ -270,7 +279,7 @@ impl GuestMap {
         len: usize,
         out: &mut Vec<Segment>,
     ) -> Result<(), OutsideMemory> {
-        for slice in self.memory.get_slices(GuestAddress(addr), len) {
+        for slice in Slices::new(self, addr, len) {
             let slice = slice.map_err(|_| OutsideMemory)?;
             let base = NonNull::new(slice.ptr_guard_mut().as_ptr()).ok_or(OutsideMemory)?;
             // SAFETY: the slice is mapped readable and writable until the last generation that

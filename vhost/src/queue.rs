@@ -7,7 +7,7 @@ use std::sync::Arc;
 use memdesc::Segment;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Error as RingError, Queue as Ring, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::blk::parse::{NotTaken, Parser};
 use crate::blk::request::{BlkStatus, HEADER, Operation};
@@ -118,7 +118,7 @@ impl Queue {
         ring.set_event_idx(event_idx);
         ring.set_next_avail(setup.base);
         ring.set_ready(true);
-        if !ring.is_valid(setup.map.memory()) {
+        if !ring.is_valid(&*setup.map) {
             return Err(BrokenRing::RingOutsideMemory);
         }
         let used = UsedRing::new(&setup.map, used, available, setup.size, event_idx)?;
@@ -192,7 +192,7 @@ impl Queue {
     /// in between, the table may lack the ring itself. Nothing is taken then, and what is finished
     /// is put into the memory that the ring had.
     fn replace_memory(&mut self, map: Arc<GuestMap>) {
-        self.suspended = !self.ring.is_valid(map.memory());
+        self.suspended = !self.ring.is_valid(&*map);
         if self.suspended {
             let reason = BrokenRing::RingOutsideMemory;
             self.report(reason, "ring is suspended");
@@ -264,7 +264,7 @@ impl Queue {
     fn disarm(&mut self) -> Result<(), BrokenRing> {
         if std::mem::replace(&mut self.armed, false) {
             self.ring
-                .disable_notification(self.home.memory())
+                .disable_notification(&*self.home)
                 .map_err(ring_error)?;
         }
         Ok(())
@@ -273,7 +273,7 @@ impl Queue {
     /// Reads the next chain into `self.chain`. False when there is none.
     fn next_chain(&mut self) -> Result<bool, BrokenRing> {
         let outstanding = self.in_flight() + usize::from(self.used.unpublished());
-        let memory = self.home.memory();
+        let memory = &*self.home;
         // A request more than entries in the ring would also overrun the used ring.
         let full = outstanding >= usize::from(self.ring.size());
         match self.ring.iter(memory).map_err(ring_error)?.next() {
@@ -308,9 +308,9 @@ impl Queue {
         written: u32,
     ) -> Result<(), BrokenRing> {
         let head = self.chain.head();
-        let memory = self.generations.current().memory();
-        memory
-            .write_obj(status.byte(), GuestAddress(status_addr))
+        self.generations
+            .current()
+            .write_at(status_addr, &[status.byte()])
             .map_err(|_| BrokenRing::OutsideMemory { head })?;
         self.used.stage(&self.home, head, written.saturating_add(1))
     }
@@ -334,11 +334,8 @@ impl Queue {
     fn answer(&mut self, claim: Claim, status: BlkStatus) -> Result<(), BrokenRing> {
         let head = claim.head;
         let map = self.generations.get(claim.generation);
-        map.and_then(|map| {
-            let addr = GuestAddress(claim.status_addr);
-            map.memory().write_obj(status.byte(), addr).ok()
-        })
-        .ok_or(BrokenRing::OutsideMemory { head })?;
+        map.and_then(|map| map.write_at(claim.status_addr, &[status.byte()]).ok())
+            .ok_or(BrokenRing::OutsideMemory { head })?;
         let written = match status {
             BlkStatus::Ok => claim.written,
             BlkStatus::IoError | BlkStatus::Unsupported => 1,
@@ -383,7 +380,7 @@ impl Queue {
             return false;
         }
         self.armed = true;
-        let memory = self.home.memory();
+        let memory = &*self.home;
         match self.ring.enable_notification(memory) {
             Ok(more) => more,
             Err(error) => {

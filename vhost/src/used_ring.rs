@@ -2,10 +2,8 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use vm_memory::{Bytes, GuestAddress};
-
 use crate::chain::BrokenRing;
-use crate::memory::GuestMap;
+use crate::memory::{GuestMap, OutsideMemory};
 
 /// Flag in the available ring: the driver wants no call.
 const NO_INTERRUPT: u16 = 1;
@@ -46,17 +44,9 @@ impl UsedRing {
             published: 0,
             called: false,
         };
-        ring.staged = ring.load(map, addr.saturating_add(2), Ordering::Acquire)?;
+        ring.staged = map.load_at(addr.saturating_add(2), Ordering::Acquire)?;
         ring.published = ring.staged;
         Ok(ring)
-    }
-
-    fn load(&self, map: &GuestMap, addr: u64, order: Ordering) -> Result<u16, BrokenRing> {
-        let value: u16 = map
-            .memory()
-            .load(GuestAddress(addr), order)
-            .map_err(|_| BrokenRing::RingOutsideMemory)?;
-        Ok(u16::from_le(value))
     }
 
     /// Elements that the guest cannot see yet.
@@ -70,9 +60,7 @@ impl UsedRing {
         let slot = u64::from(self.staged.checked_rem(self.size).unwrap_or(0));
         let addr = self.addr.saturating_add(4 + 8 * slot);
         let element = u64::from(head) | u64::from(len) << 32;
-        map.memory()
-            .write_obj(element.to_le(), GuestAddress(addr))
-            .map_err(|_| BrokenRing::RingOutsideMemory)?;
+        map.write_at(addr, &element.to_le_bytes())?;
         self.staged = self.staged.wrapping_add(1);
         Ok(())
     }
@@ -83,22 +71,25 @@ impl UsedRing {
         if before == now {
             return Ok(false);
         }
-        let index = GuestAddress(self.addr.saturating_add(2));
-        map.memory()
-            .store(now.to_le(), index, Ordering::Release)
-            .map_err(|_| BrokenRing::RingOutsideMemory)?;
+        map.store_at(self.addr.saturating_add(2), now, Ordering::Release)?;
         self.published = now;
         // The driver writes when it wants a call and then looks at the index; we write the index
         // and then look. Without the fence both could miss the other.
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
             let used_event = self.available.saturating_add(4 + 2 * u64::from(self.size));
-            passed(self.load(map, used_event, Ordering::Relaxed)?, before, now)
+            passed(map.load_at(used_event, Ordering::Relaxed)?, before, now)
         } else {
-            self.load(map, self.available, Ordering::Relaxed)? & NO_INTERRUPT == 0
+            map.load_at(self.available, Ordering::Relaxed)? & NO_INTERRUPT == 0
         };
         let first = !std::mem::replace(&mut self.called, true);
         Ok(wanted || first)
+    }
+}
+
+impl From<OutsideMemory> for BrokenRing {
+    fn from(_: OutsideMemory) -> Self {
+        Self::RingOutsideMemory
     }
 }
 

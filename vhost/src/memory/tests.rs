@@ -15,9 +15,8 @@ fn a_region_may_start_anywhere_in_its_file() {
         file_offset: 0x2345,
     };
     let map = GuestMap::new(vec![(spec, file.try_clone().expect("clone"))]).expect("map");
-    assert_eq!(map.memory().last_addr().0, 0x2233);
-    map.memory()
-        .write_slice(b"hello", GuestAddress(0x1000))
+    assert_eq!(map.table().last_addr().0, 0x2233);
+    map.write_slice(b"hello", GuestAddress(0x1000))
         .expect("inside");
     let mut bytes = [0; 5];
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0x2345).expect("read");
