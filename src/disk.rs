@@ -23,11 +23,15 @@ use crate::worker::lane::{DeviceLane, LaneSetup};
 use crate::worker::mailbox::{LaneMessage, Mailbox};
 
 /// How long rings may take to drain when the daemon is told to end.
-const DRAIN: Duration = Duration::from_millis(600);
+const DRAIN: Duration = Duration::from_millis(500);
 /// How long lanes may take to let go of everything.
 const LET_GO: Duration = Duration::from_millis(200);
 /// How long the controller may take to shut down.
-const SHUTDOWN: Duration = Duration::from_millis(700);
+const SHUTDOWN: Duration = Duration::from_millis(600);
+/// How long to wait after a front-end could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Blocks above the page size of common guests are not understood by all of them.
+const GUEST_BLOCK_MAX: u32 = 4096;
 
 /// A disk that is served.
 pub(crate) struct Disk {
@@ -87,12 +91,24 @@ impl Disk {
                 .await;
             lanes.push(mailbox);
         }
+        if namespace.block_size > GUEST_BLOCK_MAX {
+            tracing::warn!(
+                disk = name,
+                "blocks of {} bytes: guests with pages of {GUEST_BLOCK_MAX} bytes may refuse the disk",
+                namespace.block_size
+            );
+        }
         tracing::info!(
             disk = name,
+            controller = %controller.address,
+            cntlid = controller.cntlid,
+            model = controller.model,
+            serial = controller.serial,
+            firmware = controller.firmware,
             nsid = namespace.nsid,
             block_size = namespace.block_size,
             blocks = namespace.block_count,
-            lanes = lanes.len(),
+            io_queues = lanes.len(),
             "disk attached"
         );
         Ok(Self {
@@ -109,7 +125,7 @@ impl Disk {
     /// controller is dead.
     ///
     /// # Errors
-    /// The listening socket fails.
+    /// The listening socket cannot be waited on.
     pub(crate) async fn serve(
         self,
         listener: StdUnixListener,
@@ -121,9 +137,9 @@ impl Disk {
         let mut lost = self.association.lost();
         let mut alive = true;
         let mut session: Option<Session> = None;
-        let result = loop {
+        loop {
             tokio::select! {
-                () = &mut stop => break Ok(()),
+                () = &mut stop => break,
                 changed = lost.changed(), if alive => {
                     alive = false;
                     if changed.is_ok() {
@@ -141,13 +157,17 @@ impl Disk {
                             tracing::error!(disk = self.name, %error, "cannot serve a front-end");
                         }
                     },
-                    Err(error) => break Err(error),
+                    // Out of descriptors, or a front-end that gave up: neither lasts.
+                    Err(error) => {
+                        tracing::warn!(disk = self.name, %error, "cannot accept a front-end");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
                 },
             }
-        };
+        }
         drop(listener);
         self.shutdown(session).await;
-        result
+        Ok(())
     }
 
     fn open_session(&self, stream: tokio::net::UnixStream) -> io::Result<Session> {

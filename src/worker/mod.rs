@@ -186,7 +186,11 @@ mod tests {
         let worker = Worker::start(0).unwrap();
         let turns = Arc::new(AtomicUsize::new(0));
         let (over, ended) = std_mpsc::channel();
-        let lane = Busy { left: 100, turns: Arc::clone(&turns), over };
+        let lane = Busy {
+            left: 100,
+            turns: Arc::clone(&turns),
+            over,
+        };
         assert!(worker.try_place(Box::new(move || Box::new(lane))));
         ended.recv_timeout(Duration::from_secs(10)).unwrap();
         assert_eq!(turns.load(Ordering::Relaxed), 101);

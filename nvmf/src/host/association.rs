@@ -148,7 +148,7 @@ impl Association {
                 return Err(error);
             }
         };
-        tracing::info!(
+        tracing::debug!(
             controller = %info.address, cntlid = info.cntlid, subnqn = %info.subnqn,
             model = info.model, serial = info.serial, firmware = info.firmware,
             io_queues = granted, sq_flow_control = connected.sq_flow_control,
@@ -306,7 +306,7 @@ impl Association {
         if timeout(STOP_GRACE, self.admin_task).await.is_err() {
             abort.abort();
         }
-        tracing::info!(
+        tracing::debug!(
             controller = %self.info.address, cntlid = self.info.cntlid, complete,
             "association ended"
         );
