@@ -17,7 +17,7 @@ use crate::bridge::geometry::{self, Choices};
 use crate::bridge::translate::Limits;
 use crate::config::{AttachConfig, Uri};
 use crate::limits::{LANE_SLOTS, MAILBOX};
-use crate::metrics::{DiskCounters, DiskTotals};
+use crate::metrics::DiskCounters;
 use crate::worker::Worker;
 use crate::worker::lane::{DeviceLane, LaneSetup};
 use crate::worker::mailbox::{LaneMessage, Mailbox};
@@ -219,47 +219,8 @@ impl Disk {
             let _ = timeout(LET_GO, ended).await;
         }
         self.association.shutdown(SHUTDOWN).await;
-        log_totals(&self.name, self.counters.totals());
+        self.counters.totals().log(&self.name);
     }
-}
-
-fn log_totals(disk: &str, totals: DiskTotals) {
-    let DiskTotals {
-        requests,
-        reads,
-        writes,
-        flushes,
-        discards,
-        write_zeroes,
-        errors,
-        read_bytes,
-        written_bytes,
-        commands,
-        copied_bytes,
-        sends,
-        receives,
-        interrupts,
-        turns,
-    } = totals;
-    tracing::info!(
-        disk,
-        requests,
-        reads,
-        writes,
-        flushes,
-        discards,
-        write_zeroes,
-        errors,
-        read_bytes,
-        written_bytes,
-        commands,
-        copied_bytes,
-        sends,
-        receives,
-        interrupts,
-        turns,
-        "disk counters"
-    );
 }
 
 /// A front-end's session, in a thread of its own.

@@ -43,6 +43,11 @@ macro_rules! counters {
             fn add(&mut self, lane: &LaneCounters) {
                 $(self.$name = self.$name.wrapping_add(lane.$name.get());)*
             }
+
+            /// Logs them.
+            pub(crate) fn log(&self, disk: &str) {
+                tracing::info!(disk, $($name = self.$name,)* "disk counters");
+            }
         }
     };
 }
