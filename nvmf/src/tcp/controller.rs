@@ -4,8 +4,10 @@ use std::collections::VecDeque;
 
 use super::cid_table::CidTable;
 use super::error::{FatalError, Fes};
+use super::limits::Limits;
+use super::outgoing::{TxPayload, TxPdu};
 use super::pdu::{self, Data, Pdu, Receiver, offset, pdu_type};
-use super::qpair::{Limits, QPair, Role, TxPayload, TxPdu, Window, sealed};
+use super::qpair::{QPair, Role, Window, sealed};
 use crate::spec::fabrics::SQHD_FLOW_DISABLED;
 use crate::spec::sqe::{PSDT_SGL, sgl_type};
 use crate::spec::{Cqe, Sqe, Status};

@@ -3,8 +3,9 @@
 use zerocopy::FromBytes;
 
 use super::error::FatalError;
-use super::pdu::{self, COMMON_LEN, CommonHeader, MAX_HEADER_LEN, Pdu, Receiver, Shape};
-use super::qpair::Limits;
+use super::limits::Limits;
+use super::outgoing::MAX_HEADER_LEN;
+use super::pdu::{self, COMMON_LEN, CommonHeader, Pdu, Receiver, Shape};
 
 /// Where in the stream the framer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

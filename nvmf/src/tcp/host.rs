@@ -3,8 +3,10 @@
 use std::collections::VecDeque;
 
 use super::error::{FatalError, Fes};
+use super::limits::Limits;
+use super::outgoing::{TxPayload, TxPdu};
 use super::pdu::{self, Data, Pdu, Receiver, offset, pdu_type};
-use super::qpair::{Limits, QPair, Role, TxPayload, TxPdu, Window, sealed};
+use super::qpair::{QPair, Role, Window, sealed};
 use crate::spec::opcode::nvm;
 use crate::spec::sqe::{PSDT_MASK, PSDT_SGL, SglDescriptor, sgl_type};
 use crate::spec::{Cqe, Sqe, Status};

@@ -13,12 +13,16 @@ mod controller;
 mod error;
 mod framer;
 mod host;
+mod limits;
 pub mod negotiate;
+mod outgoing;
 mod pdu;
 mod qpair;
 
 pub use controller::{Answered, Controller, ControllerEvent, FetchError, SendError};
 pub use error::{FatalError, Fes};
 pub use host::{Completed, Direction, Host};
-pub use pdu::{MAX_HEADER_LEN, TermReq};
-pub use qpair::{Limits, QPair, Role, TxPayload, TxPdu, Want};
+pub use limits::Limits;
+pub use outgoing::{MAX_HEADER_LEN, TxPayload, TxPdu};
+pub use pdu::TermReq;
+pub use qpair::{QPair, Role, Want};

@@ -4,6 +4,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::error::{FatalError, Fes};
+use super::limits::Limits;
 use super::pdu::{CommonHeader, offset, pdu_type};
 
 /// Length of ICReq and of ICResp.
@@ -14,7 +15,7 @@ pub const HOST_MAX_R2T: u32 = 4;
 pub const CONTROLLER_MAX_H2C_DATA: u32 = 1024 * 1024;
 
 /// Alignment that we ask for, in bytes: the smallest.
-pub(crate) const OUR_ALIGN: u32 = 4;
+const OUR_ALIGN: u32 = 4;
 
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -40,6 +41,20 @@ pub struct Negotiated {
     pub max_h2c_data: u32,
     /// R2Ts that one command may have outstanding.
     pub max_r2t: u32,
+}
+
+impl Negotiated {
+    /// What bounds a queue pair on this connection. `in_capsule_limit` is in bytes.
+    pub fn limits(&self, in_capsule_limit: u32, admin: bool) -> Limits {
+        Limits {
+            rx_align: OUR_ALIGN,
+            tx_align: self.tx_align,
+            max_h2c_data: self.max_h2c_data,
+            max_r2t: self.max_r2t,
+            in_capsule_limit,
+            admin,
+        }
+    }
 }
 
 fn ic_pdu(pdu_type: u8, limit: u32) -> [u8; IC_LEN] {

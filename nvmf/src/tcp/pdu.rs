@@ -4,11 +4,10 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::error::{FatalError, Fes};
-use super::qpair::{Limits, TxPdu};
+use super::limits::Limits;
+use super::outgoing::{MAX_HEADER_LEN, TxPdu};
 use crate::spec::{Cqe, Sqe};
 
-/// Longest header that is received or sent: IC PDUs, and PDO with the largest alignment.
-pub const MAX_HEADER_LEN: usize = 128;
 /// Largest termination request: header and 128 bytes of the offending PDU's header.
 const TERM_REQ_MAX: u32 = 152;
 

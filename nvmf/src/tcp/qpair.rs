@@ -2,39 +2,9 @@
 
 use super::error::FatalError;
 use super::framer::{Framed, Framer};
-use super::negotiate::{Negotiated, OUR_ALIGN};
-use super::pdu::{self, MAX_HEADER_LEN, Pdu, Receiver, TermReq};
-
-/// What bounds a queue pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Alignment of payload that we receive, in bytes.
-    pub rx_align: u32,
-    /// Alignment of payload that we send, in bytes.
-    pub tx_align: u32,
-    /// Largest payload of one H2CData, in bytes.
-    pub max_h2c_data: u32,
-    /// R2Ts that one command may have outstanding.
-    pub max_r2t: u32,
-    /// Largest in-capsule data, in bytes.
-    pub in_capsule_limit: u32,
-    /// The admin queue.
-    pub admin: bool,
-}
-
-impl Limits {
-    /// From what was negotiated.
-    pub fn new(negotiated: &Negotiated, in_capsule_limit: u32, admin: bool) -> Self {
-        Self {
-            rx_align: OUR_ALIGN,
-            tx_align: negotiated.tx_align,
-            max_h2c_data: negotiated.max_h2c_data,
-            max_r2t: negotiated.max_r2t,
-            in_capsule_limit,
-            admin,
-        }
-    }
-}
+use super::limits::Limits;
+use super::outgoing::{TxPayload, TxPdu};
+use super::pdu::{self, Pdu, Receiver, TermReq};
 
 /// What the next received bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,50 +26,6 @@ pub enum Want {
     Consumer,
     /// Nothing: the connection is over.
     Nothing,
-}
-
-/// Payload that follows a header that is sent: a range of a command's data.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct TxPayload {
-    /// The command.
-    pub slot: u16,
-    /// Offset into the command's data.
-    pub offset: u32,
-    /// Bytes.
-    pub len: u32,
-}
-
-/// One PDU to send.
-#[derive(Debug, Clone, Copy)]
-pub struct TxPdu {
-    header: [u8; MAX_HEADER_LEN],
-    len: u8,
-    /// Payload after the header. When the kernel has taken all of it, say so with
-    /// [`QPair::transmitted`].
-    pub payload: Option<TxPayload>,
-}
-
-impl TxPdu {
-    /// A header of `len` bytes, of which those after `bytes` are padding.
-    pub(crate) fn new(bytes: &[u8], len: usize) -> Self {
-        let mut header = [0; MAX_HEADER_LEN];
-        header[..bytes.len()].copy_from_slice(bytes);
-        Self {
-            header,
-            len: len as u8,
-            payload: None,
-        }
-    }
-
-    pub(crate) fn with_payload(mut self, payload: TxPayload) -> Self {
-        self.payload = (payload.len > 0).then_some(payload);
-        self
-    }
-
-    /// Header and padding.
-    pub fn header(&self) -> &[u8] {
-        &self.header[..usize::from(self.len)]
-    }
 }
 
 /// Where received payload goes.

@@ -11,7 +11,7 @@ use super::super::{
 };
 use super::stream::{Memory, Stream, Target, is_large};
 use crate::spec::{Cqe, Status};
-use crate::tcp::{self, Controller, FetchError, Limits, QPair, SendError, TxPayload};
+use crate::tcp::{self, Controller, FetchError, QPair, SendError, TxPayload};
 
 /// In-capsule data of a command, from its arrival to its fetch.
 #[derive(Default)]
@@ -56,7 +56,7 @@ pub(super) struct TcpController {
 impl TcpController {
     pub(super) fn new(params: QueueParams) -> Self {
         let negotiated = &params.connection.negotiated;
-        let limits = Limits::new(negotiated, params.in_capsule_limit, params.admin);
+        let limits = negotiated.limits(params.in_capsule_limit, params.admin);
         let machine = QPair::controller(params.queue_size, params.sq_flow_control, limits);
         let mut pair = Self {
             stream: Stream::new(params.connection.stream, machine),

@@ -9,7 +9,7 @@ use super::super::{
 };
 use super::stream::{Memory, Stream, Target, is_large};
 use crate::spec::Sqe;
-use crate::tcp::{Direction, Host, Limits, QPair, TxPayload};
+use crate::tcp::{Direction, Host, QPair, TxPayload};
 
 /// What a slot's command was given.
 #[derive(Default)]
@@ -33,7 +33,7 @@ pub(super) struct TcpHost {
 impl TcpHost {
     pub(super) fn new(params: QueueParams) -> Self {
         let negotiated = &params.connection.negotiated;
-        let limits = Limits::new(negotiated, params.in_capsule_limit, params.admin);
+        let limits = negotiated.limits(params.in_capsule_limit, params.admin);
         let machine = QPair::host(params.queue_size, limits);
         let mut slots = Vec::new();
         slots.resize_with(machine.room(), Attached::default);
