@@ -30,7 +30,8 @@ use crate::backend::{Backend, BackendIo, BackendOp, Done};
 use crate::spec::sqe::DsmRange;
 use crate::spec::{Cqe, Status};
 use crate::transport::{
-    Command, CommandTag, ControllerEvent, ControllerQueuePair, Lane, Ready, Transfer, Turn,
+    Command, CommandTag, ControllerEvent, ControllerQueuePair, Counters, Lane, Ready, Transfer,
+    Turn,
 };
 
 /// Events that one turn takes from the queue pair.
@@ -55,6 +56,8 @@ pub struct TargetLane {
     ending: Option<oneshot::Receiver<()>>,
     limits: Limits,
     totals: Arc<Totals>,
+    /// What the pair had counted when it was handed over: the Connect.
+    before: Counters,
     slots: Vec<Option<Slot>>,
     buffers: Buffers,
     /// Commands that need a buffer, in order of arrival.
@@ -81,6 +84,7 @@ impl TargetLane {
             queue_size,
             permit,
         } = parts;
+        let before = pair.counters();
         let mut slots = Vec::new();
         slots.resize_with(queue_size as usize, || None);
         Self {
@@ -91,6 +95,7 @@ impl TargetLane {
             membership,
             limits: target.limits.clone(),
             totals: Arc::clone(&target.totals),
+            before,
             slots,
             buffers: Buffers::new(target.limits.lane_buffers),
             waiting: VecDeque::with_capacity(queue_size as usize),
@@ -171,6 +176,8 @@ impl TargetLane {
             }
             Action::Nothing => self.respond(tag, Ok(())),
             Action::Disconnect => {
+                // The host may connect the queue again as soon as it sees the answer.
+                self.membership.leave();
                 self.respond(tag, Ok(()));
                 // The answer leaves before the connection ends.
                 self.pair.flush(&mut Ready {
@@ -463,7 +470,12 @@ impl Lane for TargetLane {
 
 impl Drop for TargetLane {
     fn drop(&mut self) {
-        let counters = self.pair.counters();
+        let (all, before) = (self.pair.counters(), self.before);
+        let counters = Counters {
+            copied_bytes: all.copied_bytes - before.copied_bytes,
+            sends: all.sends - before.sends,
+            receives: all.receives - before.receives,
+        };
         self.totals.add(counters);
         let association = self.membership.association();
         tracing::debug!(

@@ -70,7 +70,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            max_connections: 4096,
+            max_connections: 1024,
             max_associations: 256,
             queue_size: 1024,
             io_queues: 128,
