@@ -26,6 +26,8 @@ struct State {
     granted: Option<u16>,
     /// Connected I/O queues by QID; the sender tells the lane to end.
     queues: BTreeMap<u16, Option<oneshot::Sender<()>>>,
+    /// I/O queues that have given their QID up, and are not gone.
+    leaving: usize,
     over: bool,
 }
 
@@ -45,6 +47,7 @@ pub(super) struct Membership {
     association: Arc<Association>,
     qid: u16,
     ending: Option<oneshot::Receiver<()>>,
+    left: bool,
 }
 
 impl Association {
@@ -57,6 +60,7 @@ impl Association {
                 registers: Registers::new(queue_size),
                 granted: None,
                 queues: BTreeMap::new(),
+                leaving: 0,
                 over: false,
             }),
             changed: Notify::new(),
@@ -143,6 +147,7 @@ impl Association {
             association: Arc::clone(self),
             qid,
             ending: Some(ending),
+            left: false,
         })
     }
 
@@ -158,7 +163,8 @@ impl Association {
 
     /// I/O queues that are not gone.
     pub(super) fn queues(&self) -> usize {
-        self.state().queues.len()
+        let state = self.state();
+        state.queues.len() + state.leaving
     }
 
     /// Waits until some I/O queue is gone since the last time.
@@ -191,11 +197,26 @@ impl Membership {
     pub(super) fn take_ending(&mut self) -> Option<oneshot::Receiver<()>> {
         self.ending.take()
     }
+
+    /// Gives the QID up, while the queue goes on to its end.
+    pub(super) fn leave(&mut self) {
+        if !std::mem::replace(&mut self.left, true) {
+            let mut state = self.association.state();
+            state.queues.remove(&self.qid);
+            state.leaving += 1;
+        }
+    }
 }
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        self.association.state().queues.remove(&self.qid);
+        let mut state = self.association.state();
+        if self.left {
+            state.leaving -= 1;
+        } else {
+            state.queues.remove(&self.qid);
+        }
+        drop(state);
         self.association.changed.notify_one();
     }
 }

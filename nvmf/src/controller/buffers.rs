@@ -8,6 +8,8 @@ use crate::transport::Transfer;
 const MIN_SHIFT: u32 = 12;
 /// Sizes: 4 KiB to 128 MiB.
 const CLASSES: usize = 16;
+/// Bytes kept while nothing is handed out: an idle lane costs little.
+const IDLE_KEPT: usize = 1 << 20;
 /// Segment lists that are kept for use again.
 const MAX_LISTS: usize = 256;
 
@@ -67,13 +69,20 @@ impl Buffers {
         if self.out + size(class) > self.budget {
             return None;
         }
-        // Buffers of other sizes make room, the largest first.
-        while self.out + self.kept + size(class) > self.budget {
-            let largest = (0..CLASSES).rev().find(|&it| !self.free[it].is_empty())?;
+        // Buffers of other sizes make room.
+        self.trim(self.budget - self.out - size(class));
+        Some(Vec::with_capacity(size(class)))
+    }
+
+    /// Lets kept buffers go, the largest first, until no more than `most` bytes are kept.
+    fn trim(&mut self, most: usize) {
+        while self.kept > most {
+            let Some(largest) = (0..CLASSES).rev().find(|&it| !self.free[it].is_empty()) else {
+                return;
+            };
             self.free[largest].pop();
             self.kept -= size(largest);
         }
-        Some(Vec::with_capacity(size(class)))
     }
 
     /// Takes memory back: what was handed out, or a list over foreign memory.
@@ -91,6 +100,9 @@ impl Buffers {
             self.out -= size(class).min(self.out);
             self.kept += size(class);
             self.free[class.min(CLASSES - 1)].push(bytes);
+        }
+        if self.out == 0 {
+            self.trim(IDLE_KEPT);
         }
     }
 
@@ -121,6 +133,16 @@ mod tests {
         }
         assert!(buffers.sink(16 << 10).is_some(), "kept ones make room");
         assert!(buffers.sink(1).is_none());
+    }
+
+    #[test]
+    fn an_idle_lane_keeps_little() {
+        let mut buffers = Buffers::new(16 << 20);
+        let held: Vec<_> = (0..16).map(|_| buffers.sink(1 << 20).unwrap()).collect();
+        for sink in held {
+            buffers.give_back(Transfer::In(sink));
+        }
+        assert_eq!((buffers.out, buffers.kept), (0, IDLE_KEPT));
     }
 
     #[test]

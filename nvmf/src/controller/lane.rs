@@ -19,18 +19,18 @@ use std::task::Context;
 
 use memdesc::{MemSink, MemSource};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
-use zerocopy::{FromBytes, IntoBytes};
 
 use super::association::Membership;
 use super::buffers::Buffers;
 use super::io::{self, Action, Plan, RANGE_LEN};
+use super::ranges::Ranges;
 use super::subsystem::Subsystem;
 use super::{Limits, Target, Totals};
 use crate::backend::{Backend, BackendIo, BackendOp, Done};
-use crate::spec::sqe::DsmRange;
 use crate::spec::{Cqe, Status};
 use crate::transport::{
-    Command, CommandTag, ControllerEvent, ControllerQueuePair, Lane, Ready, Transfer, Turn,
+    Command, CommandTag, ControllerEvent, ControllerQueuePair, Counters, Lane, Ready, Transfer,
+    Turn,
 };
 
 /// Events that one turn takes from the queue pair.
@@ -40,9 +40,8 @@ const EVENTS_PER_TURN: usize = 128;
 #[derive(Debug)]
 struct Slot {
     plan: Plan,
-    /// Ranges to deallocate, and the next of them.
-    ranges: Option<MemSource>,
-    next_range: u16,
+    /// What is still to be deallocated.
+    ranges: Option<Ranges>,
 }
 
 /// See the module. Made by [`super::Port`] for each I/O queue whose Connect was accepted.
@@ -55,6 +54,8 @@ pub struct TargetLane {
     ending: Option<oneshot::Receiver<()>>,
     limits: Limits,
     totals: Arc<Totals>,
+    /// What the pair had counted when it was handed over: the Connect.
+    before: Counters,
     slots: Vec<Option<Slot>>,
     buffers: Buffers,
     /// Commands that need a buffer, in order of arrival.
@@ -81,6 +82,7 @@ impl TargetLane {
             queue_size,
             permit,
         } = parts;
+        let before = pair.counters();
         let mut slots = Vec::new();
         slots.resize_with(queue_size as usize, || None);
         Self {
@@ -91,6 +93,7 @@ impl TargetLane {
             membership,
             limits: target.limits.clone(),
             totals: Arc::clone(&target.totals),
+            before,
             slots,
             buffers: Buffers::new(target.limits.lane_buffers),
             waiting: VecDeque::with_capacity(queue_size as usize),
@@ -141,11 +144,7 @@ impl TargetLane {
             // A transport may have more slots than the queue has entries; never more than 65536.
             self.slots.resize_with(index + 1, || None);
         }
-        self.slots[index] = Some(Slot {
-            plan,
-            ranges: None,
-            next_range: 0,
-        });
+        self.slots[index] = Some(Slot { plan, ranges: None });
         match plan.action {
             Action::Read { .. } | Action::Write { .. } | Action::Deallocate { .. } => {
                 let started =
@@ -171,6 +170,8 @@ impl TargetLane {
             }
             Action::Nothing => self.respond(tag, Ok(())),
             Action::Disconnect => {
+                // The host may connect the queue again as soon as it sees the answer.
+                self.membership.leave();
                 self.respond(tag, Ok(()));
                 // The answer leaves before the connection ends.
                 self.pair.flush(&mut Ready {
@@ -299,15 +300,10 @@ impl TargetLane {
                 self.submit(tag, namespace, op);
             }
             Action::Deallocate { ranges } => {
-                let source = sink.into_source();
+                let ranges = Ranges::new(sink.into_source(), ranges);
                 let geometry = Self::backend(&self.subsystem, namespace).geometry();
-                let all_inside = (0..ranges).all(|index| {
-                    let range = range(&source, index);
-                    geometry
-                        .blocks(range.slba.get(), u64::from(range.nlb.get()))
-                        .is_some()
-                });
-                slot.ranges = Some(source);
+                let all_inside = ranges.all_inside(&geometry);
+                slot.ranges = Some(ranges);
                 if all_inside {
                     self.next_range(tag);
                 } else {
@@ -321,39 +317,29 @@ impl TargetLane {
         }
     }
 
-    /// Deallocates the next range of a command that is not empty, or ends it.
+    /// Deallocates the next range of a command, or ends it.
     fn next_range(&mut self, tag: CommandTag) {
         let slot = self.slots.get_mut(usize::from(tag.0));
-        let Some(slot) = slot.and_then(Option::as_mut) else {
+        let Some(Slot { plan, ranges, .. }) = slot.and_then(Option::as_mut) else {
             return;
         };
-        let (Action::Deallocate { ranges }, Some(source)) = (slot.plan.action, &slot.ranges) else {
-            return;
-        };
-        let namespace = slot.plan.namespace;
-        let backend = Self::backend(&self.subsystem, namespace);
-        while slot.next_range < ranges {
-            let range = range(source, slot.next_range);
-            slot.next_range += 1;
-            let blocks = (range.slba.get(), u64::from(range.nlb.get()));
-            let bytes = backend.geometry().blocks(blocks.0, blocks.1);
-            if let Some((offset, len)) = bytes
-                && len > 0
-            {
-                let op = BackendOp::Deallocate { offset, len };
-                return self.submit(tag, namespace, op);
+        let namespace = plan.namespace;
+        let geometry = Self::backend(&self.subsystem, namespace).geometry();
+        match ranges.as_mut().and_then(|ranges| ranges.next(&geometry)) {
+            Some((offset, len)) => {
+                self.submit(tag, namespace, BackendOp::Deallocate { offset, len });
             }
+            None => self.finish_ranges(tag, Ok(())),
         }
-        self.finish_ranges(tag, Ok(()));
     }
 
     fn finish_ranges(&mut self, tag: CommandTag, result: Result<(), Status>) {
         let slot = self.slots.get_mut(usize::from(tag.0));
-        if let Some(source) = slot
+        let ranges = slot
             .and_then(Option::as_mut)
-            .and_then(|it| it.ranges.take())
-        {
-            self.buffers.give_back_source(source);
+            .and_then(|slot| slot.ranges.take());
+        if let Some(ranges) = ranges {
+            self.buffers.give_back_source(ranges.into_source());
         }
         self.respond(tag, result);
     }
@@ -384,14 +370,6 @@ impl TargetLane {
             }
         }
     }
-}
-
-/// One range of a Dataset Management command; its data is known to hold it.
-fn range(source: &MemSource, index: u16) -> DsmRange {
-    let mut range = [0; RANGE_LEN];
-    let copied = source.copy_to(usize::from(index) * RANGE_LEN, &mut range);
-    debug_assert!(copied.is_ok(), "the ranges were fetched whole");
-    DsmRange::read_from_bytes(range.as_bytes()).unwrap_or_default()
 }
 
 impl Lane for TargetLane {
@@ -463,7 +441,12 @@ impl Lane for TargetLane {
 
 impl Drop for TargetLane {
     fn drop(&mut self) {
-        let counters = self.pair.counters();
+        let (all, before) = (self.pair.counters(), self.before);
+        let counters = Counters {
+            copied_bytes: all.copied_bytes - before.copied_bytes,
+            sends: all.sends - before.sends,
+            receives: all.receives - before.receives,
+        };
         self.totals.add(counters);
         let association = self.membership.association();
         tracing::debug!(

@@ -5,9 +5,13 @@
 //! the control plane; an I/O queue joins an association and is handed to a worker as a
 //! [`TargetLane`], through the [`LaneHost`] that the daemon gives.
 //!
-//! What several threads share has one owner: an [`association`](self) owns its registers and the
-//! list of its I/O queues behind one lock that no I/O command takes; a lane learns that it must end
-//! from a one-shot message, and tells that traffic flows by one relaxed store in a turn.
+//! What several threads share has one owner: the association owns its registers and the list of its
+//! I/O queues behind one lock that no I/O command takes; a lane learns that it must end from a
+//! one-shot message, and tells that traffic flows by one relaxed store in a turn.
+//!
+//! A reset or shutdown is reported as done only when every I/O queue is gone with nothing in flight
+//! at a backend, and, for a shutdown, the backends were flushed: what a host writes elsewhere after
+//! that cannot be overtaken.
 
 mod admin;
 mod association;
@@ -21,6 +25,7 @@ mod lane;
 mod log_page;
 mod port;
 mod quota;
+mod ranges;
 mod registers;
 mod session;
 mod subsystem;
@@ -70,7 +75,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            max_connections: 4096,
+            max_connections: 1024,
             max_associations: 256,
             queue_size: 1024,
             io_queues: 128,

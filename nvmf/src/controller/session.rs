@@ -23,6 +23,9 @@ use crate::transport::{Command, CommandTag, ControllerEvent, ControllerQueuePair
 /// Further away than any deadline: nothing to wait for.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
+/// Bytes of answers that may wait to be sent: a host that asks and does not read gets errors.
+const UNSENT_MAX: usize = 4 << 20;
+
 /// Why an association ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum End {
@@ -66,6 +69,8 @@ pub(super) struct Session {
     registration: Registration,
     features: Features,
     held: VecDeque<CommandTag>,
+    /// Bytes of answers that were not sent yet.
+    unsent: usize,
     closing: Option<Closing>,
     /// When the host must have given a sign of life, or have enabled the controller.
     deadline: Instant,
@@ -85,6 +90,7 @@ impl Session {
             registration,
             features: Features::new(kato),
             held: VecDeque::new(),
+            unsent: 0,
             closing: None,
             deadline: Instant::now() + disabled,
             since: std::time::Instant::now(),
@@ -130,9 +136,11 @@ impl Session {
 
     fn events(&mut self) {
         while let Some(event) = self.queue.pair().event() {
-            // No admin command fetches data, and what was sent needs no reuse.
-            if let ControllerEvent::Command(command) = event {
-                self.command(command);
+            match event {
+                ControllerEvent::Command(command) => self.command(command),
+                ControllerEvent::Sent { source, .. } => self.unsent -= source.len(),
+                // No admin command fetches data.
+                ControllerEvent::Fetched { .. } => {}
             }
         }
     }
@@ -160,19 +168,28 @@ impl Session {
             Err(status) => self.respond(tag, Cqe::new(0, status)),
             Ok(Answer::Result(result)) => self.respond(tag, Cqe::with_result(0, result)),
             Ok(Answer::Hold) => self.held.push_back(tag),
-            Ok(Answer::Data(data)) => {
-                let sent = self
-                    .queue
-                    .pair()
-                    .send(tag, 0, MemSource::from_bytes(data), true);
-                let status = sent.err().map_or(Status::SUCCESS, |(_, status)| status);
-                self.respond(tag, Cqe::new(0, status));
-            }
+            Ok(Answer::Data(data)) => self.send(tag, data),
             Ok(Answer::Effect(effect)) => {
                 self.respond(tag, Cqe::new(0, Status::SUCCESS));
                 self.effect(effect);
             }
         }
+    }
+
+    fn send(&mut self, tag: CommandTag, data: Vec<u8>) {
+        let len = data.len();
+        if self.unsent + len > UNSENT_MAX {
+            return self.respond(tag, Cqe::new(0, Status::INTERNAL_ERROR));
+        }
+        let source = MemSource::from_bytes(data);
+        let status = match self.queue.pair().send(tag, 0, source, true) {
+            Ok(()) => {
+                self.unsent += len;
+                Status::SUCCESS
+            }
+            Err((_, status)) => status,
+        };
+        self.respond(tag, Cqe::new(0, status));
     }
 
     fn respond(&mut self, tag: CommandTag, cqe: Cqe) {

@@ -1,0 +1,13 @@
+//! The controller as hosts see it, over real connections.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test ends when something is missing"
+)]
+#![expect(unreachable_pub, reason = "modules of a test binary")]
+
+mod admin;
+mod connect;
+mod io;
+mod rig;
+mod session;
