@@ -1,0 +1,16 @@
+//! The daemon as a VMM and a network see it: the real program, its socket driven by
+//! `virtio-driver` and by `vhost`'s front-end.
+//!
+//! Every process is the test's own and ends with it; when a test fails, what its processes logged
+//! is shown.
+
+#![expect(clippy::expect_used, reason = "a test that cannot run has failed")]
+
+mod daemons;
+mod front_end;
+mod memory;
+mod noise;
+mod process;
+mod ring;
+
+mod requests;
