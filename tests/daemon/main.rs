@@ -7,10 +7,13 @@
 #![expect(clippy::expect_used, reason = "a test that cannot run has failed")]
 
 mod daemons;
+mod driver;
 mod front_end;
 mod memory;
 mod noise;
 mod process;
 mod ring;
 
+mod data;
+mod efficiency;
 mod requests;

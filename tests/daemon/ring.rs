@@ -17,7 +17,7 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
 /// Longest wait for an answer.
-const PATIENCE: Duration = Duration::from_secs(15);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Guest memory that a descriptor names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
