@@ -67,7 +67,12 @@ impl Export {
     /// Ends it with SIGTERM.
     #[track_caller]
     pub(crate) fn stop(&mut self) {
-        end(&mut self.process, Signal::TERM);
+        self.stop_by(Signal::TERM);
+    }
+
+    #[track_caller]
+    pub(crate) fn stop_by(&mut self, signal: Signal) {
+        end(&mut self.process, signal);
     }
 
     /// What it counted for a namespace, after its end.

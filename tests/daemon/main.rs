@@ -12,8 +12,13 @@ mod front_end;
 mod memory;
 mod noise;
 mod process;
+mod raw;
 mod ring;
 
 mod data;
 mod efficiency;
+mod ending;
+mod malformed;
+mod protocol;
 mod requests;
+mod stopping;

@@ -72,9 +72,6 @@ impl Ring {
     pub(crate) fn new(memory: Arc<Memory>, base: u64, size: u16, event_idx: bool) -> Self {
         let event = || EventFd::new(EFD_NONBLOCK).expect("an eventfd");
         let call = event();
-        let called = Epoll::new().expect("epoll");
-        let readable = EpollEvent::new(EventSet::IN, 0);
-        called.ctl(ControlOperation::Add, call.as_raw_fd(), readable).expect("epoll");
         Self {
             memory,
             base,
@@ -86,8 +83,8 @@ impl Ring {
             free: (0..size).rev().collect(),
             chains: HashMap::new(),
             kick: event(),
+            called: watch(&call),
             call,
-            called,
         }
     }
 
@@ -214,6 +211,21 @@ impl Ring {
         self.memory.load(self.used_at() + 2)
     }
 
+    /// Waits for calls on another descriptor from now on.
+    pub(crate) fn replace_call(&mut self, call: EventFd) {
+        self.called = watch(&call);
+        self.call = call;
+    }
+
+    /// Starts over at an index of both rings, with no chain outstanding.
+    pub(crate) fn restart(&mut self, index: u16) {
+        self.memory.store(self.avail() + 2, index);
+        self.memory.store(self.used_at() + 2, index);
+        (self.next, self.published, self.used_seen) = (index, index, index);
+        self.free = (0..self.size).rev().collect();
+        self.chains.clear();
+    }
+
     /// What the device has used since the last look.
     pub(crate) fn used(&mut self) -> Vec<Used> {
         let mut all = Vec::new();
@@ -254,6 +266,17 @@ impl Ring {
         all
     }
 
+    /// Waits until something is used, looking often.
+    #[track_caller]
+    pub(crate) fn wait_for_some(&mut self) -> Vec<Used> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.used_seen == self.used_idx() {
+            assert!(Instant::now() < deadline, "nothing is used");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        self.used()
+    }
+
     /// Waits until the device calls; false when it does not within `limit`.
     pub(crate) fn is_called(&self, limit: Duration) -> bool {
         let millis = limit.as_millis().try_into().unwrap_or(i32::MAX);
@@ -266,4 +289,11 @@ impl Ring {
         std::thread::sleep(time);
         self.used_seen == self.used_idx()
     }
+}
+
+fn watch(event: &EventFd) -> Epoll {
+    let epoll = Epoll::new().expect("epoll");
+    let readable = EpollEvent::new(EventSet::IN, 0);
+    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), readable).expect("epoll");
+    epoll
 }
