@@ -186,6 +186,13 @@ pub fn refuse(error: FatalError, offending: &[u8; IC_LEN], host: bool) -> Vec<u8
         .to_vec()
 }
 
+/// False for the first byte of what is neither an IC PDU nor a termination request: a peer that
+/// speaks another protocol.
+pub fn may_begin(first: u8) -> bool {
+    use pdu_type::{C2H_TERM_REQ, H2C_TERM_REQ, IC_REQ, IC_RESP};
+    [IC_REQ, IC_RESP, C2H_TERM_REQ, H2C_TERM_REQ].contains(&first)
+}
+
 /// If these bytes begin a termination request, what it says. For a peer that answers ICReq so.
 pub fn termination(bytes: &[u8]) -> Option<super::TermReq> {
     let (header, _) = super::pdu::TermReqHeader::ref_from_prefix(bytes).ok()?;

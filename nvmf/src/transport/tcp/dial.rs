@@ -104,6 +104,10 @@ async fn read_ic(stream: &mut TcpStream) -> Result<[u8; IC_LEN], ConnectError> {
         if bytes[0] == TLS_ALERT {
             return Err(ConnectError::TlsDemanded);
         }
+        // Another protocol, whose peer may wait for us: the type alone is enough to refuse it.
+        if !negotiate::may_begin(bytes[0]) {
+            break;
+        }
     }
     Ok(bytes)
 }
