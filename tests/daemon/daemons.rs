@@ -118,7 +118,11 @@ impl Attach {
         let process = Process::start("attach", command.iter().chain(args).chain(&[uri]));
         process.await_stdout(|line| line.starts_with("One queue for each vCPU"));
         assert!(socket.exists(), "it is ready and has no socket");
-        Self { process, socket: socket.to_owned(), _directory: None }
+        Self {
+            process,
+            socket: socket.to_owned(),
+            _directory: None,
+        }
     }
 
     /// Ends it with SIGTERM.
@@ -153,6 +157,10 @@ fn end(process: &mut Process, signal: Signal) {
 
 #[track_caller]
 fn counted(events: &[Value], name: &str) -> u64 {
-    let [fields] = events else { panic!("not one line of counters but {events:?}") };
-    fields[name].as_u64().unwrap_or_else(|| panic!("no counter {name} in {fields}"))
+    let [fields] = events else {
+        panic!("not one line of counters but {events:?}")
+    };
+    fields[name]
+        .as_u64()
+        .unwrap_or_else(|| panic!("no counter {name} in {fields}"))
 }

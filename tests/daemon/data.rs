@@ -36,17 +36,30 @@ fn random_len(rng: &mut fastrand::Rng, block: usize, short: bool) -> usize {
 }
 
 /// Cuts the queue's part of the disk into requests, next to each other or with gaps.
-fn random_requests(rng: &mut fastrand::Rng, queue: usize, block: usize, short: bool) -> Vec<Request> {
+fn random_requests(
+    rng: &mut fastrand::Rng,
+    queue: usize,
+    block: usize,
+    short: bool,
+) -> Vec<Request> {
     let mut requests = Vec::new();
     let (mut at, end) = (queue * PART, (queue + 1) * PART);
     loop {
-        at += if rng.bool() { 0 } else { rng.usize(..64) * block };
+        at += if rng.bool() {
+            0
+        } else {
+            rng.usize(..64) * block
+        };
         let len = random_len(rng, block, short);
         if at + len > end || requests.len() == FULL {
             rng.shuffle(&mut requests);
             return requests;
         }
-        let direction = if rng.bool() { Direction::Read } else { Direction::Write };
+        let direction = if rng.bool() {
+            Direction::Read
+        } else {
+            Direction::Write
+        };
         requests.push(Request { direction, at, len });
         at += len;
     }
@@ -63,7 +76,12 @@ struct Totals {
 fn compare_with_model(driver: &mut Driver, model: &mut [u8], block: usize, seed: u64) -> Totals {
     let mut rng = fastrand::Rng::with_seed(seed);
     let fresh = noise(8 << 20, seed);
-    let mut totals = Totals { requests: 0, read_bytes: 0, written_bytes: 0, full_queues: 0 };
+    let mut totals = Totals {
+        requests: 0,
+        read_bytes: 0,
+        written_bytes: 0,
+        full_queues: 0,
+    };
     for round in 0..ROUNDS {
         let queues: Vec<_> = (0..QUEUES)
             .map(|queue| random_requests(&mut rng, queue, block, round % 3 == 2))
@@ -99,7 +117,10 @@ fn compare_with_model(driver: &mut Driver, model: &mut [u8], block: usize, seed:
             assert!(done.into_iter().eq(0..requests.len()));
             for Request { direction, at, len } in requests {
                 let same = driver.read_memory(*at, *len) == model[*at..at + len];
-                assert!(same, "{direction:?} of {len} bytes at {at}: seed {seed}, round {round}");
+                assert!(
+                    same,
+                    "{direction:?} of {len} bytes at {at}: seed {seed}, round {round}"
+                );
             }
         }
     }
@@ -123,7 +144,12 @@ fn random_requests_match_a_model(spec: &str, block: usize) -> Vec<u8> {
     export.stop();
     assert!(totals.full_queues > 0, "no queue was ever full");
     let counted = ["requests", "read_bytes", "written_bytes", "errors"];
-    let expected = [totals.requests + 1, totals.read_bytes, totals.written_bytes, 0];
+    let expected = [
+        totals.requests + 1,
+        totals.read_bytes,
+        totals.written_bytes,
+        0,
+    ];
     assert_eq!(counted.map(|name| attach.counter(name)), expected);
     let counted = ["read_bytes", "written_bytes"].map(|name| export.counter(1, name));
     assert_eq!(counted, [totals.read_bytes, totals.written_bytes]);
@@ -147,7 +173,10 @@ fn random_requests_to_a_file_match_a_model_and_so_does_the_file() {
     let file = std::fs::File::create(&path).expect("a file");
     file.set_len(DISK as u64).expect("a size");
     let model = random_requests_match_a_model(&format!("file:{}", path.display()), 512);
-    assert!(std::fs::read(&path).expect("the file") == model, "the file is not as the model");
+    assert!(
+        std::fs::read(&path).expect("the file") == model,
+        "the file is not as the model"
+    );
 }
 
 #[test]
@@ -164,9 +193,19 @@ fn a_request_larger_than_any_command_can_be_is_carried_out_whole() {
     assert_eq!(guest.run(0, kind::WRITE, 3, &[out(DATA, len)]), OK);
     guest.memory.write(DATA, &vec![0xee; 40 << 20]);
     assert_eq!(guest.run(0, kind::READ, 3, &[into(DATA, len)]), OK);
-    assert!(guest.memory.read(DATA, 40 << 20) == data, "it came back different");
+    assert!(
+        guest.memory.read(DATA, 40 << 20) == data,
+        "it came back different"
+    );
     drop(guest);
     attach.stop();
-    assert_eq!((attach.counter("requests"), attach.counter("errors")), (2, 0));
-    assert!(attach.counter("commands") >= 80, "{} commands", attach.counter("commands"));
+    assert_eq!(
+        (attach.counter("requests"), attach.counter("errors")),
+        (2, 0)
+    );
+    assert!(
+        attach.counter("commands") >= 80,
+        "{} commands",
+        attach.counter("commands")
+    );
 }

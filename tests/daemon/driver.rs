@@ -1,6 +1,9 @@
 //! The guest's driver as a library has it: `virtio-driver`, with memory that it shares.
 
-#![expect(unsafe_code, reason = "virtio-driver takes the memory of a request as a raw pointer")]
+#![expect(
+    unsafe_code,
+    reason = "virtio-driver takes the memory of a request as a raw pointer"
+)]
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -9,8 +12,8 @@ use virtio_driver::{
     Completion, VhostUser, VirtioBlkConfig, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkReqBuf,
     VirtioBlkTransport, VirtioFeatureFlags,
 };
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vm_memory::Bytes;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::memory::memfd;
 use crate::process::readable_within;
@@ -46,22 +49,32 @@ impl Driver {
         let region = memory.iter().next().expect("one region");
         let fd = region.file_offset().expect("a file").file().as_raw_fd();
         let address = region.as_ptr().addr();
-        transport.map_mem_region(address, len, fd, 0).expect("ADD_MEM_REG");
-        let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, size)
-            .expect("queues on offer");
+        transport
+            .map_mem_region(address, len, fd, 0)
+            .expect("ADD_MEM_REG");
+        let mut queues =
+            VirtioBlkQueue::setup_queues(&mut *transport, queues, size).expect("queues on offer");
         for queue in &mut queues {
             queue.set_used_notif_enabled(true);
         }
-        Self { queues, transport, memory }
+        Self {
+            queues,
+            transport,
+            memory,
+        }
     }
 
     pub(crate) fn write_memory(&self, at: usize, bytes: &[u8]) {
-        self.memory.write_slice(bytes, GuestAddress(at as u64)).expect("inside");
+        self.memory
+            .write_slice(bytes, GuestAddress(at as u64))
+            .expect("inside");
     }
 
     pub(crate) fn read_memory(&self, at: usize, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.memory.read_slice(&mut bytes, GuestAddress(at as u64)).expect("inside");
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(at as u64))
+            .expect("inside");
         bytes
     }
 
@@ -95,12 +108,17 @@ impl Driver {
     }
 
     pub(crate) fn flush(&mut self, queue: usize) {
-        self.queues[queue].flush(usize::MAX).expect("room in the queue");
+        self.queues[queue]
+            .flush(usize::MAX)
+            .expect("room in the queue");
     }
 
     pub(crate) fn kick(&mut self, queue: usize) {
         if self.queues[queue].avail_notif_needed() {
-            self.transport.get_submission_notifier(queue).notify().expect("a kick");
+            self.transport
+                .get_submission_notifier(queue)
+                .notify()
+                .expect("a kick");
         }
     }
 
@@ -117,7 +135,11 @@ impl Driver {
             }
             if done.len() < count {
                 let called = readable_within(&*fd, PATIENCE);
-                assert!(called, "queue {queue}: {} of {count} are answered", done.len());
+                assert!(
+                    called,
+                    "queue {queue}: {} of {count} are answered",
+                    done.len()
+                );
                 fd.read().expect("an event");
             }
         }

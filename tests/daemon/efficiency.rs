@@ -36,7 +36,10 @@ fn thousands_of_reads_and_writes_of_128_kib_copy_no_byte_at_either_end() {
     attach.stop();
     export.stop();
     let requests = (2 * DEPTH * BATCHES) as u64;
-    assert_eq!((attach.counter("reads"), attach.counter("writes")), (requests, requests));
+    assert_eq!(
+        (attach.counter("reads"), attach.counter("writes")),
+        (requests, requests)
+    );
     assert_eq!(attach.counter("copied_bytes"), 0);
     assert_eq!(export.total("copied_bytes"), 0);
 }
@@ -47,7 +50,9 @@ fn data_of_128_kib_in_many_pieces_is_not_copied_either() {
     let mut attach = Attach::start(export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);
     let pages = |buffer: fn(u64, u32) -> _| -> Vec<_> {
-        (0..32).map(|page| buffer(DATA + 8192 * page, 4096)).collect()
+        (0..32)
+            .map(|page| buffer(DATA + 8192 * page, 4096))
+            .collect()
     };
     for _ in 0..50 {
         assert_eq!(guest.run_in(true, kind::WRITE, 0, &pages(out)), OK);
@@ -57,7 +62,10 @@ fn data_of_128_kib_in_many_pieces_is_not_copied_either() {
     attach.stop();
     export.stop();
     assert_eq!(attach.counter("written_bytes"), 50 * KIB_128 as u64);
-    assert_eq!((attach.counter("copied_bytes"), export.total("copied_bytes")), (0, 0));
+    assert_eq!(
+        (attach.counter("copied_bytes"), export.total("copied_bytes")),
+        (0, 0)
+    );
 }
 
 /// Batches of requests, each made available at once with one kick.
@@ -68,7 +76,11 @@ fn batches(kind: u32, batches: usize, in_batch: usize) -> Attach {
     for _ in 0..batches {
         for slot in 0..in_batch {
             let at = DATA + 4096 * slot as u64;
-            let buffer = if kind == kind::READ { into(at, 512) } else { out(at, 512) };
+            let buffer = if kind == kind::READ {
+                into(at, 512)
+            } else {
+                out(at, 512)
+            };
             guest.add(0, slot, kind, slot as u64, &[buffer]);
         }
         guest.rings[0].publish();
@@ -92,7 +104,12 @@ fn one_system_call_sends_everything_that_one_wake_found() {
         // Whatever it takes to begin and to end is the same in both runs.
         let few = batches(kind, 5, 32).counter("sends");
         let many = batches(kind, 25, 32).counter("sends");
-        assert_eq!(many - few, 20, "20 more batches of 32 took {} sends", many - few);
+        assert_eq!(
+            many - few,
+            20,
+            "20 more batches of 32 took {} sends",
+            many - few
+        );
     }
 }
 
@@ -101,7 +118,10 @@ fn one_call_tells_the_guest_of_everything_that_one_wake_finished() {
     let attach = batches(kind::WRITE, 20, 32);
     let interrupts = attach.counter("interrupts");
     // A batch may be answered in several wakes, but not one by one.
-    assert!((20..=20 * 16).contains(&interrupts), "{interrupts} for 640 requests");
+    assert!(
+        (20..=20 * 16).contains(&interrupts),
+        "{interrupts} for 640 requests"
+    );
 }
 
 /// Voluntary context switches, which are wake-ups, of workers and of all other threads.
@@ -109,7 +129,11 @@ fn wake_ups(process: &Process) -> (u64, u64) {
     let (mut workers, mut others) = (0, 0);
     let mut by_name = BTreeMap::new();
     for (name, switches) in process.context_switches() {
-        let sum = if name.starts_with("worker-") { &mut workers } else { &mut others };
+        let sum = if name.starts_with("worker-") {
+            &mut workers
+        } else {
+            &mut others
+        };
         *sum += switches;
         *by_name.entry(name).or_insert(0) += switches;
     }
@@ -132,7 +156,10 @@ fn idle_workers_are_never_woken_and_keep_alive_costs_the_control_plane_alone() {
     let after = ends.map(wake_ups);
     for (end, (before, after)) in ["attach", "export"].iter().zip(before.iter().zip(&after)) {
         assert_eq!(before.0, after.0, "wake-ups of idle workers of {end}");
-        assert!(before.1 < after.1, "no keep-alive at {end}: this test sees nothing");
+        assert!(
+            before.1 < after.1,
+            "no keep-alive at {end}: this test sees nothing"
+        );
     }
     // And it was not asleep for good.
     assert_eq!(guest.read(0, 0, 512), (OK, vec![1; 512]));
@@ -160,6 +187,12 @@ fn attach_with_one_disk_stays_under_16_mib() {
     // Guest memory is shared memory, which is counted for itself.
     let [own, mapped, shared] =
         ["RssAnon", "RssFile", "RssShmem"].map(|name| attach.process.status_kib(name));
-    assert!(shared > 16 << 10, "the guest's memory is not in use: {shared} KiB");
-    assert!(own + mapped < 16 << 10, "{own} KiB of its own and {mapped} KiB of files");
+    assert!(
+        shared > 16 << 10,
+        "the guest's memory is not in use: {shared} KiB"
+    );
+    assert!(
+        own + mapped < 16 << 10,
+        "{own} KiB of its own and {mapped} KiB of files"
+    );
 }

@@ -33,7 +33,10 @@ fn a_signal_ends_attach_in_good_order_with_and_without_a_front_end() {
             guest
         });
         attach.stop_by(signal);
-        assert!(shutdown_was_complete(&attach), "{signal:?}, connected: {connected}");
+        assert!(
+            shutdown_was_complete(&attach),
+            "{signal:?}, connected: {connected}"
+        );
         assert_eq!(attach.counter("requests"), u64::from(connected));
         drop(guest);
     }
@@ -45,7 +48,13 @@ fn a_signal_lets_requests_in_flight_finish() {
     let mut attach = Attach::start(export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);
     for slot in 0..32 {
-        guest.add(0, slot, kind::WRITE, 2048 * slot as u64, &[out(DATA, 1 << 20)]);
+        guest.add(
+            0,
+            slot,
+            kind::WRITE,
+            2048 * slot as u64,
+            &[out(DATA, 1 << 20)],
+        );
     }
     guest.rings[0].submit();
     // Some of it is in flight once the first answer is there.
@@ -53,7 +62,10 @@ fn a_signal_lets_requests_in_flight_finish() {
     attach.stop();
     let answered = answered + guest.rings[0].used().len();
     assert_eq!(attach.counter("requests"), answered as u64);
-    assert_eq!((0..32).filter(|slot| guest.status(0, *slot) == OK).count(), answered);
+    assert_eq!(
+        (0..32).filter(|slot| guest.status(0, *slot) == OK).count(),
+        answered
+    );
     export.stop();
 }
 
@@ -72,7 +84,10 @@ fn a_signal_ends_attach_in_time_when_the_target_is_silent_with_requests_in_fligh
         guest.rings[0].submit();
         std::thread::sleep(Duration::from_millis(50));
         attach.stop_by(signal);
-        assert!(guest.rings[0].used().is_empty(), "nobody answered, and yet it was answered");
+        assert!(
+            guest.rings[0].used().is_empty(),
+            "nobody answered, and yet it was answered"
+        );
         export.process.signal(Signal::CONT);
     }
 }
@@ -114,12 +129,17 @@ fn when_the_target_is_killed_requests_fail_the_log_says_why_and_the_end_is_as_qu
     for slot in 0..16 {
         assert_eq!(guest.status(0, slot), IOERR, "request {slot}");
     }
-    attach.process.await_log(|line| line.contains("\"ERROR\"") && line.contains("association lost"));
+    attach
+        .process
+        .await_log(|line| line.contains("\"ERROR\"") && line.contains("association lost"));
     assert_eq!(guest.write(0, 0, &[1; 512]), IOERR);
     assert_eq!(guest.read(0, 0, 512).0, IOERR);
     assert_eq!(guest.flush(0), IOERR);
     let log = attach.process.stderr();
-    assert!(log.iter().any(|line| line.contains(&address)), "{address} is not in the log");
+    assert!(
+        log.iter().any(|line| line.contains(&address)),
+        "{address} is not in the log"
+    );
     // Another front-end is served all the same, with errors.
     drop(guest);
     let mut next = FrontEnd::connect(&attach.socket);
@@ -139,7 +159,9 @@ fn a_target_that_falls_silent_is_lost_after_the_keep_alive_time() {
     guest.rings[0].submit();
     guest.rings[0].wait(1);
     assert_eq!(guest.status(0, 0), IOERR);
-    attach.process.await_log(|line| line.contains("association lost"));
+    attach
+        .process
+        .await_log(|line| line.contains("association lost"));
     attach.stop();
 }
 
@@ -157,7 +179,9 @@ fn export_ends_in_time_with_hosts_connected_and_they_notice() {
         export.stop_by(signal);
         assert_eq!(export.counter(1, "writes"), 1);
         assert_eq!(guest.write(0, 0, &[1; 512]), IOERR);
-        attach.process.await_log(|line| line.contains("association lost"));
+        attach
+            .process
+            .await_log(|line| line.contains("association lost"));
         attach.stop();
     }
 }
@@ -170,7 +194,9 @@ fn export_ends_in_time_when_a_host_is_silent() {
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     attach.process.signal(Signal::STOP);
     // Connected, and not even a host.
-    let strangers: Vec<_> = (0..4).map(|_| std::net::TcpStream::connect(export.address())).collect();
+    let strangers: Vec<_> = (0..4)
+        .map(|_| std::net::TcpStream::connect(export.address()))
+        .collect();
     export.stop();
     drop(strangers);
 }

@@ -61,7 +61,12 @@ pub(crate) struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { rings: 1, size: 128, without: 0, enable: true }
+        Self {
+            rings: 1,
+            size: 128,
+            without: 0,
+            enable: true,
+        }
     }
 }
 
@@ -76,17 +81,23 @@ pub(crate) struct FrontEnd {
 /// than the tests' patience.
 pub(crate) fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
     let stream = UnixStream::connect(socket).expect("somebody listens");
-    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a time-out");
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .expect("a time-out");
     let mut frontend = Frontend::from_stream(stream, 64);
     frontend.set_owner().expect("SET_OWNER");
     let features = frontend.get_features().expect("GET_FEATURES") & !without;
-    let protocol = frontend.get_protocol_features().expect("GET_PROTOCOL_FEATURES");
+    let protocol = frontend
+        .get_protocol_features()
+        .expect("GET_PROTOCOL_FEATURES");
     let wanted = VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE;
-    frontend.set_protocol_features(protocol & wanted).expect("SET_PROTOCOL_FEATURES");
+    frontend
+        .set_protocol_features(protocol & wanted)
+        .expect("SET_PROTOCOL_FEATURES");
     frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     frontend.set_features(features).expect("SET_FEATURES");
     (frontend, features)
@@ -103,14 +114,21 @@ impl FrontEnd {
         let (mut frontend, features) = negotiate(socket, setup.without);
         frontend.get_queue_num().expect("GET_QUEUE_NUM");
         let memory = Memory::new();
-        frontend.set_mem_table(&memory.regions()).expect("SET_MEM_TABLE");
+        frontend
+            .set_mem_table(&memory.regions())
+            .expect("SET_MEM_TABLE");
         let event_idx = features & feature::EVENT_IDX != 0;
         let ring = |index| {
             let base = RING_BYTES * u64::try_from(index).expect("a small number");
             Ring::new(Arc::clone(&memory), base, setup.size, event_idx)
         };
         let rings = (0..setup.rings).map(ring).collect();
-        let mut front_end = Self { frontend, memory, rings, features };
+        let mut front_end = Self {
+            frontend,
+            memory,
+            rings,
+            features,
+        };
         for index in 0..setup.rings {
             front_end.start(index, 0);
             if setup.enable {
@@ -123,18 +141,32 @@ impl FrontEnd {
     /// Says all about a ring that it needs to run once it is enabled.
     #[track_caller]
     pub(crate) fn start(&self, index: usize, base: u16) {
-        let Self { frontend, rings, .. } = self;
+        let Self {
+            frontend, rings, ..
+        } = self;
         let ring = &rings[index];
-        frontend.set_vring_num(index, ring.size()).expect("SET_VRING_NUM");
-        frontend.set_vring_base(index, base).expect("SET_VRING_BASE");
-        frontend.set_vring_addr(index, &ring.config()).expect("SET_VRING_ADDR");
-        frontend.set_vring_call(index, &ring.call).expect("SET_VRING_CALL");
-        frontend.set_vring_kick(index, &ring.kick).expect("SET_VRING_KICK");
+        frontend
+            .set_vring_num(index, ring.size())
+            .expect("SET_VRING_NUM");
+        frontend
+            .set_vring_base(index, base)
+            .expect("SET_VRING_BASE");
+        frontend
+            .set_vring_addr(index, &ring.config())
+            .expect("SET_VRING_ADDR");
+        frontend
+            .set_vring_call(index, &ring.call)
+            .expect("SET_VRING_CALL");
+        frontend
+            .set_vring_kick(index, &ring.kick)
+            .expect("SET_VRING_KICK");
     }
 
     #[track_caller]
     pub(crate) fn enable(&mut self, index: usize, on: bool) {
-        self.frontend.set_vring_enable(index, on).expect("SET_VRING_ENABLE");
+        self.frontend
+            .set_vring_enable(index, on)
+            .expect("SET_VRING_ENABLE");
     }
 
     fn header_addr(ring: usize, slot: usize) -> u64 {
@@ -147,7 +179,13 @@ impl FrontEnd {
     }
 
     /// Writes the header of a request and forgets its last status; gives the two buffers.
-    pub(crate) fn frame(&self, ring: usize, slot: usize, kind: u32, sector: u64) -> (Buffer, Buffer) {
+    pub(crate) fn frame(
+        &self,
+        ring: usize,
+        slot: usize,
+        kind: u32,
+        sector: u64,
+    ) -> (Buffer, Buffer) {
         let (header, status) = (Self::header_addr(ring, slot), Self::status_addr(ring, slot));
         self.memory.write(header, &kind.to_le_bytes());
         self.memory.write(header + 4, &[0; 4]);
@@ -158,7 +196,14 @@ impl FrontEnd {
 
     /// Adds a request as one descriptor for the header, those of `data`, one for the status.
     #[track_caller]
-    pub(crate) fn add(&mut self, ring: usize, slot: usize, kind: u32, sector: u64, data: &[Buffer]) {
+    pub(crate) fn add(
+        &mut self,
+        ring: usize,
+        slot: usize,
+        kind: u32,
+        sector: u64,
+        data: &[Buffer],
+    ) {
         let (header, status) = self.frame(ring, slot, kind, sector);
         self.rings[ring].add(&[&[header], data, &[status]].concat());
     }

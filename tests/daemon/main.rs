@@ -14,7 +14,9 @@ mod noise;
 mod process;
 mod raw;
 mod ring;
+mod scripted;
 
+mod bad_peers;
 mod data;
 mod efficiency;
 mod ending;

@@ -26,10 +26,16 @@ impl Memory {
     pub(crate) fn new() -> Arc<Self> {
         let region = |start, size| {
             let file = FileOffset::new(memfd(size), 0);
-            (GuestAddress(start), usize::try_from(size).expect("64 bits"), Some(file))
+            (
+                GuestAddress(start),
+                usize::try_from(size).expect("64 bits"),
+                Some(file),
+            )
         };
         let regions = [region(0, LOW_SIZE), region(HIGH, HIGH_SIZE)];
-        Arc::new(Self(GuestMemoryMmap::from_ranges_with_files(regions).expect("memory")))
+        Arc::new(Self(
+            GuestMemoryMmap::from_ranges_with_files(regions).expect("memory"),
+        ))
     }
 
     /// As the front-end tells the back-end.
@@ -46,13 +52,17 @@ impl Memory {
 
     #[track_caller]
     pub(crate) fn write(&self, addr: u64, bytes: &[u8]) {
-        self.0.write_slice(bytes, GuestAddress(addr)).expect("in memory");
+        self.0
+            .write_slice(bytes, GuestAddress(addr))
+            .expect("in memory");
     }
 
     #[track_caller]
     pub(crate) fn read(&self, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.0.read_slice(&mut bytes, GuestAddress(addr)).expect("in memory");
+        self.0
+            .read_slice(&mut bytes, GuestAddress(addr))
+            .expect("in memory");
         bytes
     }
 
@@ -69,12 +79,18 @@ impl Memory {
 
     /// Reads an index that the device publishes.
     pub(crate) fn load(&self, addr: u64) -> u16 {
-        u16::from_le(self.0.load(GuestAddress(addr), Ordering::Acquire).expect("in memory"))
+        u16::from_le(
+            self.0
+                .load(GuestAddress(addr), Ordering::Acquire)
+                .expect("in memory"),
+        )
     }
 
     /// Publishes an index to the device.
     pub(crate) fn store(&self, addr: u64, value: u16) {
-        self.0.store(value.to_le(), GuestAddress(addr), Ordering::Release).expect("in memory");
+        self.0
+            .store(value.to_le(), GuestAddress(addr), Ordering::Release)
+            .expect("in memory");
     }
 }
 

@@ -31,7 +31,12 @@ impl Process {
     pub(crate) fn start<S: AsRef<OsStr>>(name: &str, args: impl IntoIterator<Item = S>) -> Self {
         // The kernel ends it when the thread of the test ends, so that a killed test leaves nothing.
         let mut child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "--", env!("CARGO_BIN_EXE_vhost-nvmf")])
+            .args([
+                "--pdeathsig",
+                "KILL",
+                "--",
+                env!("CARGO_BIN_EXE_vhost-nvmf"),
+            ])
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -74,7 +79,11 @@ impl Process {
         if let Some(status) = self.status {
             return status;
         }
-        assert!(has_ended(&self.handle, limit), "{} did not end within {limit:?}", self.name);
+        assert!(
+            has_ended(&self.handle, limit),
+            "{} did not end within {limit:?}",
+            self.name
+        );
         let status = self.child.wait().expect("it has ended");
         self.status = Some(status);
         self.stdout.close();
@@ -109,9 +118,13 @@ impl Process {
     /// The fields of every JSON line of the log whose message is `message`.
     pub(crate) fn logged(&self, message: &str) -> Vec<Value> {
         let lines = self.stderr();
-        let events = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let events = lines
+            .iter()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let fields = events.filter_map(|mut event| event.get_mut("fields").map(Value::take));
-        fields.filter(|fields| fields["message"] == message).collect()
+        fields
+            .filter(|fields| fields["message"] == message)
+            .collect()
     }
 
     /// A line of its `/proc/PID/status`, in KiB.
@@ -156,7 +169,9 @@ impl Drop for Process {
 }
 
 fn number(status: &str, name: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
@@ -208,7 +223,10 @@ impl Output {
             lock(lines).closed = true;
             changed.notify_all();
         });
-        Self { shared, reader: Some(reader) }
+        Self {
+            shared,
+            reader: Some(reader),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Lines> {

@@ -26,7 +26,10 @@ fn the_features_on_offer_are_exactly_these() {
     let protocol = bits(&[0, 3, 9, 13, 15]);
     let export = Export::start(&["ram:8M", "ram:8M,block-size=4096"]);
     for uri in &export.uris {
-        for (args, expected) in [(&[][..], expected), (&["--read-only"], expected | feature::RO)] {
+        for (args, expected) in [
+            (&[][..], expected),
+            (&["--read-only"], expected | feature::RO),
+        ] {
             let attach = Attach::start_with(args, uri);
             let mut front_end = Raw::connect(&attach.socket);
             assert_eq!(front_end.get(raw::GET_FEATURES), expected);
@@ -48,11 +51,19 @@ fn the_configuration_space_can_be_read_in_any_length_up_to_256() {
     };
     let whole = get(0, 256).expect("all of it");
     for size in 1..=256 {
-        assert_eq!(get(0, size).expect("GET_CONFIG"), whole[..size], "{size} bytes");
+        assert_eq!(
+            get(0, size).expect("GET_CONFIG"),
+            whole[..size],
+            "{size} bytes"
+        );
     }
     for offset in 1..256 {
         let from = usize::try_from(offset).expect("small");
-        assert_eq!(get(offset, 256 - from).expect("GET_CONFIG"), whole[from..], "from {offset}");
+        assert_eq!(
+            get(offset, 256 - from).expect("GET_CONFIG"),
+            whole[from..],
+            "from {offset}"
+        );
     }
     let field = |at: usize, len: usize| &whole[at..at + len];
     assert_eq!(field(0, 8), (8_u64 << 20 >> 9).to_le_bytes(), "capacity");
@@ -69,7 +80,11 @@ fn the_configuration_space_can_be_read_in_any_length_up_to_256() {
         body.resize(12 + usize::try_from(size.min(260)).expect("small"), 0);
         front_end.send(raw::GET_CONFIG, raw::VERSION, &body);
         let answer = front_end.reply(raw::GET_CONFIG);
-        assert_eq!(answer.get(4..8), Some(&[0; 4][..]), "{size} bytes at {offset}: {answer:?}");
+        assert_eq!(
+            answer.get(4..8),
+            Some(&[0; 4][..]),
+            "{size} bytes at {offset}: {answer:?}"
+        );
     }
     assert_eq!(front_end.get(raw::GET_QUEUE_NUM), 64);
 }
@@ -78,8 +93,13 @@ fn the_configuration_space_can_be_read_in_any_length_up_to_256() {
 fn sixty_four_queues_can_be_used_at_once() {
     let export = Export::start(&["ram:64M"]);
     let attach = Attach::start(export.uri());
-    let mut guest =
-        FrontEnd::connect_with(&attach.socket, Setup { rings: 64, ..Setup::default() });
+    let mut guest = FrontEnd::connect_with(
+        &attach.socket,
+        Setup {
+            rings: 64,
+            ..Setup::default()
+        },
+    );
     assert!(guest.frontend.get_queue_num().expect("GET_QUEUE_NUM") >= 64);
     let place = |ring: usize| ((ring * 8) as u64, DATA + (ring as u64) * 4096);
     for (kind, buffer) in [(kind::WRITE, out as fn(_, _) -> _), (kind::READ, into)] {
@@ -108,9 +128,16 @@ fn num_queues_is_what_was_asked_for() {
         let mut front_end = Raw::negotiated(&attach.socket);
         assert_eq!(front_end.get(raw::GET_QUEUE_NUM), queues);
         let body = [34_u32, 2, 0].map(u32::to_le_bytes).concat();
-        front_end.send(raw::GET_CONFIG, raw::VERSION, &[&body[..], &[0; 2]].concat());
+        front_end.send(
+            raw::GET_CONFIG,
+            raw::VERSION,
+            &[&body[..], &[0; 2]].concat(),
+        );
         let answer = front_end.reply(raw::GET_CONFIG);
-        assert_eq!(answer[12..], u16::try_from(queues).expect("small").to_le_bytes());
+        assert_eq!(
+            answer[12..],
+            u16::try_from(queues).expect("small").to_le_bytes()
+        );
     }
 }
 
@@ -118,19 +145,35 @@ fn num_queues_is_what_was_asked_for() {
 fn a_refused_message_is_answered_and_the_session_goes_on() {
     let export = Export::start(&["ram:8M"]);
     let attach = Attach::start(export.uri());
-    let mut guest =
-        FrontEnd::connect_with(&attach.socket, Setup { rings: 2, ..Setup::default() });
+    let mut guest = FrontEnd::connect_with(
+        &attach.socket,
+        Setup {
+            rings: 2,
+            ..Setup::default()
+        },
+    );
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     let frontend = &guest.frontend;
     let config = guest.rings[1].config();
-    let outside =
-        vhost::VringConfigData { desc_table_addr: user_addr(1 << 60), ..config };
-    assert!(frontend.set_features(1 << 50 | guest.features).is_err(), "unknown features");
+    let outside = vhost::VringConfigData {
+        desc_table_addr: user_addr(1 << 60),
+        ..config
+    };
+    assert!(
+        frontend.set_features(1 << 50 | guest.features).is_err(),
+        "unknown features"
+    );
     assert!(frontend.set_features(0).is_err(), "a legacy driver");
-    assert!(frontend.set_vring_num(1, 100).is_err(), "a ring of 100 entries");
+    assert!(
+        frontend.set_vring_num(1, 100).is_err(),
+        "a ring of 100 entries"
+    );
     assert!(frontend.set_vring_num(0, 64).is_err(), "a ring that runs");
     assert!(frontend.set_vring_base(0, 7).is_err(), "a ring that runs");
-    assert!(frontend.set_vring_addr(1, &outside).is_err(), "a ring outside the memory");
+    assert!(
+        frontend.set_vring_addr(1, &outside).is_err(),
+        "a ring outside the memory"
+    );
     assert!(!guest.set_config(0, 1), "the capacity");
     assert!(!guest.set_config(32, 2), "a cache mode that there is not");
     let nowhere = VhostUserMemoryRegionInfo {
@@ -141,11 +184,22 @@ fn a_refused_message_is_answered_and_the_session_goes_on() {
         mmap_handle: memfd(4096).as_raw_fd(),
     };
     let file = memfd(4096);
-    let overlapping = VhostUserMemoryRegionInfo { mmap_handle: file.as_raw_fd(), ..nowhere };
-    assert!(guest.frontend.add_mem_region(&overlapping).is_err(), "a region twice");
-    let elsewhere =
-        VhostUserMemoryRegionInfo { guest_phys_addr: 1 << 50, ..overlapping };
-    assert!(guest.frontend.remove_mem_region(&elsewhere).is_err(), "no such region");
+    let overlapping = VhostUserMemoryRegionInfo {
+        mmap_handle: file.as_raw_fd(),
+        ..nowhere
+    };
+    assert!(
+        guest.frontend.add_mem_region(&overlapping).is_err(),
+        "a region twice"
+    );
+    let elsewhere = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 1 << 50,
+        ..overlapping
+    };
+    assert!(
+        guest.frontend.remove_mem_region(&elsewhere).is_err(),
+        "no such region"
+    );
     assert_eq!(guest.read(0, 0, 512), (OK, vec![1; 512]));
     assert_eq!(guest.write(1, 1, &[2; 512]), OK);
 }
@@ -155,7 +209,12 @@ fn what_is_no_request_of_the_protocol_is_refused_in_good_order() {
     let export = Export::start(&["ram:8M"]);
     let attach = Attach::start(export.uri());
     let mut front_end = Raw::negotiated(&attach.socket);
-    let u32s = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>();
+    let u32s = |words: &[u32]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<_>>()
+    };
     for (request, body) in [
         (0, vec![]),
         (99, vec![1, 2, 3]),
@@ -170,8 +229,15 @@ fn what_is_no_request_of_the_protocol_is_refused_in_good_order() {
         (raw::SET_INFLIGHT_FD, vec![0; 24]),
         (raw::ADD_MEM_REG, vec![0; 40]),
     ] {
-        assert!(!front_end.acknowledged(request, &body), "request {request}: {body:?}");
-        assert_eq!(front_end.get(raw::GET_QUEUE_NUM), 64, "after request {request}: {body:?}");
+        assert!(
+            !front_end.acknowledged(request, &body),
+            "request {request}: {body:?}"
+        );
+        assert_eq!(
+            front_end.get(raw::GET_QUEUE_NUM),
+            64,
+            "after request {request}: {body:?}"
+        );
     }
     // Without the wish for an acknowledgement there is none.
     front_end.send(99, raw::VERSION, &[0; 8]);
@@ -182,7 +248,11 @@ fn what_is_no_request_of_the_protocol_is_refused_in_good_order() {
     drop(front_end);
 
     // What is no message at all ends the session, and only that.
-    for bytes in [&[0xff; 100][..], &[0; 5], b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
+    for bytes in [
+        &[0xff; 100][..],
+        &[0; 5],
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ] {
         let mut stranger = Raw::connect(&attach.socket);
         stranger.send_bytes(bytes);
         drop(stranger);
@@ -196,7 +266,13 @@ fn memory_comes_and_goes_while_rings_run() {
     let export = Export::start(&["ram:8M"]);
     let attach = Attach::start(export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);
-    assert!(guest.frontend.get_max_mem_slots().expect("GET_MAX_MEM_SLOTS") >= 32);
+    assert!(
+        guest
+            .frontend
+            .get_max_mem_slots()
+            .expect("GET_MAX_MEM_SLOTS")
+            >= 32
+    );
     let data = noise(8192, 9);
     assert_eq!(guest.write(0, 0, &data), OK);
     for round in 0..3 {
@@ -214,7 +290,10 @@ fn memory_comes_and_goes_while_rings_run() {
         let mut read = vec![0; 8192];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut read, 4196).expect("the file");
         assert!(read == data, "round {round}");
-        guest.frontend.remove_mem_region(&region).expect("REM_MEM_REG");
+        guest
+            .frontend
+            .remove_mem_region(&region)
+            .expect("REM_MEM_REG");
         assert_eq!(guest.read(0, 0, 8192), (OK, data.clone()));
     }
 }
@@ -227,11 +306,17 @@ fn event_descriptors_can_be_replaced_while_the_ring_runs() {
     for round in 0..20 {
         assert_eq!(guest.write(0, round, &[1; 512]), OK);
         let kick = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-        guest.frontend.set_vring_kick(0, &kick).expect("SET_VRING_KICK");
+        guest
+            .frontend
+            .set_vring_kick(0, &kick)
+            .expect("SET_VRING_KICK");
         guest.rings[0].kick = kick;
         assert_eq!(guest.write(0, round, &[2; 512]), OK);
         let call = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
-        guest.frontend.set_vring_call(0, &call).expect("SET_VRING_CALL");
+        guest
+            .frontend
+            .set_vring_call(0, &call)
+            .expect("SET_VRING_CALL");
         guest.rings[0].replace_call(call);
     }
 }
@@ -246,8 +331,14 @@ fn a_reset_device_starts_anew() {
     guest.add(0, 0, kind::READ, 0, &[into(DATA, 512)]);
     guest.rings[0].submit();
     guest.rings[0].kick();
-    assert!(guest.rings[0].is_silent(Duration::from_millis(200)), "the ring still runs");
-    guest.frontend.set_features(guest.features).expect("SET_FEATURES");
+    assert!(
+        guest.rings[0].is_silent(Duration::from_millis(200)),
+        "the ring still runs"
+    );
+    guest
+        .frontend
+        .set_features(guest.features)
+        .expect("SET_FEATURES");
     guest.start(0, 1);
     guest.enable(0, true);
     guest.rings[0].wait(1);
@@ -269,7 +360,11 @@ fn the_next_front_end_is_served_when_one_is_done_and_waits_until_then() {
     drop(second);
     for round in 0..10 {
         let mut guest = FrontEnd::connect(&attach.socket);
-        assert_eq!(guest.read(0, 5, 1024).1, [[1; 512], [2; 512]].concat(), "round {round}");
+        assert_eq!(
+            guest.read(0, 5, 1024).1,
+            [[1; 512], [2; 512]].concat(),
+            "round {round}"
+        );
     }
 }
 
@@ -294,7 +389,10 @@ fn a_front_end_that_vanishes_in_the_middle_leaves_correct_data_to_the_next() {
         guest.add(0, slot, kind::WRITE, sectors * number, &[out(at, LEN)]);
     }
     guest.rings[0].submit();
-    assert!(guest.rings[0].is_silent(Duration::from_millis(100)), "a stopped target answered");
+    assert!(
+        guest.rings[0].is_silent(Duration::from_millis(100)),
+        "a stopped target answered"
+    );
     drop(guest);
     export.process.signal(Signal::CONT);
     let mut next = FrontEnd::connect(&attach.socket);
@@ -305,7 +403,10 @@ fn a_front_end_that_vanishes_in_the_middle_leaves_correct_data_to_the_next() {
         for (sector, read) in read.chunks(512).enumerate() {
             let at = sector * 512..sector * 512 + 512;
             let known = read == &old[at.clone()] || read == &new[at];
-            assert!(known, "request {number}, sector {sector}: neither old nor new");
+            assert!(
+                known,
+                "request {number}, sector {sector}: neither old nor new"
+            );
         }
         assert_eq!(next.write(0, sectors * number, &old), OK);
         assert!(next.read(0, sectors * number, LEN as usize).1 == old);

@@ -39,7 +39,9 @@ impl Raw {
     pub(crate) fn send(&mut self, request: u32, flags: u32, body: &[u8]) {
         let size = u32::try_from(body.len()).expect("a short body");
         let header = [request, flags, size].map(u32::to_le_bytes).concat();
-        self.0.write_all(&[&header, body].concat()).expect("it listens");
+        self.0
+            .write_all(&[&header, body].concat())
+            .expect("it listens");
     }
 
     /// Sends bytes that are not a message.
@@ -86,7 +88,9 @@ impl Raw {
     /// True when the device says nothing for a while.
     pub(crate) fn is_silent(&mut self) -> bool {
         let mut byte = [0];
-        self.0.set_read_timeout(Some(Duration::from_millis(100))).expect("a time-out");
+        self.0
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .expect("a time-out");
         let silent = self.0.read(&mut byte).is_err();
         self.0.set_read_timeout(Some(PATIENCE)).expect("a time-out");
         silent

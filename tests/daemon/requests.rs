@@ -25,7 +25,10 @@ fn a_flush_reaches_the_storage_and_writes_are_not_fua_while_the_guest_can_flush(
     drop(guest);
     attach.stop();
     export.stop();
-    assert_eq!((attach.counter("writes"), attach.counter("flushes")), (5, 3));
+    assert_eq!(
+        (attach.counter("writes"), attach.counter("flushes")),
+        (5, 3)
+    );
     let counted = ["writes", "flushes", "fua_writes"].map(|name| export.counter(1, name));
     assert_eq!(counted, [5, 3, 0]);
 }
@@ -34,7 +37,10 @@ fn a_flush_reaches_the_storage_and_writes_are_not_fua_while_the_guest_can_flush(
 fn every_write_is_fua_when_flush_was_not_negotiated() {
     let mut export = Export::start(&["ram:8M"]);
     let attach = Attach::start(export.uri());
-    let setup = Setup { without: feature::FLUSH, ..Setup::default() };
+    let setup = Setup {
+        without: feature::FLUSH,
+        ..Setup::default()
+    };
     let mut guest = FrontEnd::connect_with(&attach.socket, setup);
     assert_eq!(guest.features & feature::FLUSH, 0);
     for sector in 0..3 {
@@ -64,7 +70,10 @@ fn writes_are_fua_from_the_moment_that_the_guest_chooses_write_through() {
     assert_eq!(guest.write(0, 3, &[4; 512]), OK);
     drop((guest, attach));
     export.stop();
-    assert_eq!((export.counter(1, "writes"), export.counter(1, "fua_writes")), (4, 2));
+    assert_eq!(
+        (export.counter(1, "writes"), export.counter(1, "fua_writes")),
+        (4, 2)
+    );
 }
 
 #[test]
@@ -87,7 +96,11 @@ fn zeroed_and_discarded_sectors_read_as_zeroes_and_their_neighbours_stay() {
             (kind::WRITE_ZEROES, 64, 8, unmap),
             (kind::DISCARD, 128, 256, 0),
         ] {
-            assert_eq!(guest.range(kind, sector, count, flags), OK, "{spec}: {kind} at {sector}");
+            assert_eq!(
+                guest.range(kind, sector, count, flags),
+                OK,
+                "{spec}: {kind} at {sector}"
+            );
             let first = usize::try_from(sector * SECTOR).expect("inside");
             model[first..first + 512 * usize::try_from(count).expect("small")].fill(0);
         }
@@ -99,7 +112,10 @@ fn zeroed_and_discarded_sectors_read_as_zeroes_and_their_neighbours_stay() {
         export.stop();
         let counted = (attach.counter("write_zeroes"), attach.counter("discards"));
         assert_eq!(counted, (3, 1), "{spec}");
-        let counted = (export.counter(1, "write_zeroes"), export.counter(1, "deallocates"));
+        let counted = (
+            export.counter(1, "write_zeroes"),
+            export.counter(1, "deallocates"),
+        );
         assert_eq!(counted, (3, 1), "{spec}");
     }
 }
@@ -126,7 +142,10 @@ fn bad_ranges_are_refused_and_change_nothing() {
         (kind::DISCARD, 0, 8, unmap, UNSUPP),
     ] {
         let status = guest.range(kind, sector, count, flags);
-        assert_eq!(status, expected, "{kind} of {sector}+{count}, flags {flags}");
+        assert_eq!(
+            status, expected,
+            "{kind} of {sector}+{count}, flags {flags}"
+        );
     }
     let (status, read) = guest.read(0, 0, data.len());
     assert!(status == OK && read == data, "something was changed");
@@ -135,9 +154,10 @@ fn bad_ranges_are_refused_and_change_nothing() {
 #[test]
 fn the_serial_is_the_one_that_was_given_or_follows_from_the_uuid() {
     let export = Export::start(&["ram:8M,uuid=0c7a3a62-3b3e-4f8e-9a51-5d2c7e0b1f44"]);
-    for (args, serial) in
-        [(&["--serial", "DISK-7"][..], "DISK-7"), (&[], "0c7a3a623b3e4f8e9a51")]
-    {
+    for (args, serial) in [
+        (&["--serial", "DISK-7"][..], "DISK-7"),
+        (&[], "0c7a3a623b3e4f8e9a51"),
+    ] {
         let attach = Attach::start_with(args, export.uri());
         let mut guest = FrontEnd::connect(&attach.socket);
         let mut expected = serial.as_bytes().to_vec();
@@ -149,7 +169,10 @@ fn the_serial_is_the_one_that_was_given_or_follows_from_the_uuid() {
         // With less room there is less of it.
         guest.memory.write(DATA, &[0xee; 32]);
         assert_eq!(guest.run(0, kind::GET_ID, 0, &[into(DATA, 4)]), OK);
-        assert_eq!(guest.memory.read(DATA, 6), [&expected[..4], &[0xee; 2]].concat());
+        assert_eq!(
+            guest.memory.read(DATA, 6),
+            [&expected[..4], &[0xee; 2]].concat()
+        );
     }
 }
 
@@ -198,7 +221,10 @@ fn a_request_outside_the_disk_or_between_blocks_fails_and_the_ring_goes_on() {
         for (kind, buffer) in [(kind::READ, into(DATA, len)), (kind::WRITE, out(DATA, len))] {
             let buffers = if len == 0 { &[][..] } else { &[buffer] };
             let status = guest.run(0, kind, sector, buffers);
-            assert_eq!(status, IOERR, "request {kind} of {len} bytes at sector {sector}");
+            assert_eq!(
+                status, IOERR,
+                "request {kind} of {len} bytes at sector {sector}"
+            );
         }
         assert_eq!(guest.read(0, 16376, 4096), (OK, data.clone()));
     }
@@ -255,10 +281,16 @@ fn data_in_odd_pieces_arrives_as_it_was_directly_and_through_an_indirect_table()
             let sector = 100 * (round as u64) + u64::from(indirect) * 50;
             let written = guest.run_in(indirect, kind::WRITE, sector, &pieces(lengths, out));
             assert_eq!(written, OK, "{lengths:?}, indirect: {indirect}");
-            assert_eq!(guest.read(0, sector, data.len()), (OK, data.clone()), "{lengths:?}");
+            assert_eq!(
+                guest.read(0, sector, data.len()),
+                (OK, data.clone()),
+                "{lengths:?}"
+            );
             let parts = pieces(lengths, into);
             for part in &parts {
-                guest.memory.write(part.addr - 1, &vec![0xcc; 2 + part.len as usize]);
+                guest
+                    .memory
+                    .write(part.addr - 1, &vec![0xcc; 2 + part.len as usize]);
             }
             assert_eq!(guest.run_in(indirect, kind::READ, sector, &parts), OK);
             let read = |part: &Buffer| guest.memory.read(part.addr, part.len as usize);
@@ -266,7 +298,11 @@ fn data_in_odd_pieces_arrives_as_it_was_directly_and_through_an_indirect_table()
             assert_eq!(gathered, data, "{lengths:?}, indirect: {indirect}");
             for part in &parts {
                 let around = [part.addr - 1, part.addr + u64::from(part.len)];
-                assert_eq!(around.map(|addr| guest.memory.byte(addr)), [0xcc; 2], "{part:?}");
+                assert_eq!(
+                    around.map(|addr| guest.memory.byte(addr)),
+                    [0xcc; 2],
+                    "{part:?}"
+                );
             }
         }
     }

@@ -30,12 +30,20 @@ pub(crate) struct Buffer {
 
 /// Memory that the device reads.
 pub(crate) fn out(addr: u64, len: u32) -> Buffer {
-    Buffer { addr, len, writable: false }
+    Buffer {
+        addr,
+        len,
+        writable: false,
+    }
 }
 
 /// Memory that the device writes.
 pub(crate) fn into(addr: u64, len: u32) -> Buffer {
-    Buffer { addr, len, writable: true }
+    Buffer {
+        addr,
+        len,
+        writable: true,
+    }
 }
 
 /// What the device says of a chain that it used.
@@ -171,7 +179,8 @@ impl Ring {
     /// Puts a head into the available ring.
     pub(crate) fn offer(&mut self, head: u16) {
         let slot = u64::from(self.next % self.size);
-        self.memory.write(self.avail() + 4 + 2 * slot, &head.to_le_bytes());
+        self.memory
+            .write(self.avail() + 4 + 2 * slot, &head.to_le_bytes());
         self.next = self.next.wrapping_add(1);
     }
 
@@ -190,7 +199,9 @@ impl Ring {
     pub(crate) fn submit(&mut self) {
         self.publish();
         let wanted = if self.event_idx {
-            let event = self.memory.load(self.used_at() + 4 + 8 * u64::from(self.size));
+            let event = self
+                .memory
+                .load(self.used_at() + 4 + 8 * u64::from(self.size));
             let behind = self.next.wrapping_sub(event).wrapping_sub(1);
             behind < self.next.wrapping_sub(self.published)
         } else {
@@ -232,12 +243,12 @@ impl Ring {
         while self.used_seen != self.used_idx() {
             let slot = u64::from(self.used_seen % self.size);
             let bytes = self.memory.read(self.used_at() + 4 + 8 * slot, 8);
-            let word = |at: usize| {
-                u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"))
-            };
+            let word =
+                |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
             let head = u16::try_from(word(0)).expect("an index");
             let chain = self.chains.remove(&head);
-            self.free.extend(chain.expect("a chain that was made available").iter().rev());
+            self.free
+                .extend(chain.expect("a chain that was made available").iter().rev());
             all.push(Used { head, len: word(4) });
             self.used_seen = self.used_seen.wrapping_add(1);
         }
@@ -258,11 +269,19 @@ impl Ring {
             let news = self.used();
             if news.is_empty() {
                 let left = deadline.saturating_duration_since(Instant::now());
-                assert!(self.is_called(left), "{} of {count} chains were used", all.len());
+                assert!(
+                    self.is_called(left),
+                    "{} of {count} chains were used",
+                    all.len()
+                );
             }
             all.extend(news);
         }
-        assert_eq!(all.len(), count, "more chains were used than were posted: {all:?}");
+        assert_eq!(
+            all.len(),
+            count,
+            "more chains were used than were posted: {all:?}"
+        );
         all
     }
 
@@ -294,6 +313,8 @@ impl Ring {
 fn watch(event: &EventFd) -> Epoll {
     let epoll = Epoll::new().expect("epoll");
     let readable = EpollEvent::new(EventSet::IN, 0);
-    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), readable).expect("epoll");
+    epoll
+        .ctl(ControlOperation::Add, event.as_raw_fd(), readable)
+        .expect("epoll");
     epoll
 }

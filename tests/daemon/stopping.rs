@@ -45,19 +45,28 @@ fn stopping_waits_for_what_is_in_flight(
     let mut frontend = guest.frontend.clone();
     let stopping = thread::spawn(move || (stop(&mut frontend), Instant::now()));
     thread::sleep(WHILE);
-    assert!(!stopping.is_finished(), "the ring stopped with {REQUESTS} requests in flight");
+    assert!(
+        !stopping.is_finished(),
+        "the ring stopped with {REQUESTS} requests in flight"
+    );
     let continued = Instant::now();
     export.process.signal(Signal::CONT);
     let (base, stopped) = stopping.join().expect("an answer");
     assert!(stopped > continued);
-    assert!(base.is_none_or(|base| base == 1 + REQUESTS as u32), "base {base:?}");
+    assert!(
+        base.is_none_or(|base| base == 1 + REQUESTS as u32),
+        "base {base:?}"
+    );
     // All of it was there when the answer was.
     assert_eq!(guest.rings[0].used().len(), REQUESTS);
     for slot in 0..REQUESTS {
         assert_eq!(guest.status(0, slot), OK, "request {slot}");
         if slot % 2 == 0 {
             let at = DATA + u64::from(LEN) * slot as u64;
-            assert!(guest.memory.read(at, LEN as usize) == data, "request {slot}");
+            assert!(
+                guest.memory.read(at, LEN as usize) == data,
+                "request {slot}"
+            );
         }
     }
 
@@ -76,22 +85,25 @@ fn stopped_ring_touches_nothing(guest: &mut FrontEnd) {
     let before = guest.memory.snapshot();
     guest.rings[0].kick();
     thread::sleep(WHILE);
-    assert!(guest.memory.snapshot() == before, "a stopped ring touched the guest's memory");
+    assert!(
+        guest.memory.snapshot() == before,
+        "a stopped ring touched the guest's memory"
+    );
     assert_eq!(guest.status(0, 0), UNANSWERED);
 }
 
 #[test]
 fn get_vring_base_waits_for_requests_in_flight_and_then_nothing_is_touched() {
-    let stop = |frontend: &mut Frontend| {
-        Some(frontend.get_vring_base(0).expect("GET_VRING_BASE"))
-    };
+    let stop = |frontend: &mut Frontend| Some(frontend.get_vring_base(0).expect("GET_VRING_BASE"));
     stopping_waits_for_what_is_in_flight(stop, |guest| guest.start(0, 1 + REQUESTS as u16));
 }
 
 #[test]
 fn disabling_a_ring_waits_for_requests_in_flight_and_then_nothing_is_touched() {
     let stop = |frontend: &mut Frontend| {
-        frontend.set_vring_enable(0, false).expect("SET_VRING_ENABLE");
+        frontend
+            .set_vring_enable(0, false)
+            .expect("SET_VRING_ENABLE");
         None
     };
     stopping_waits_for_what_is_in_flight(stop, |guest| guest.enable(0, true));
@@ -101,16 +113,26 @@ fn disabling_a_ring_waits_for_requests_in_flight_and_then_nothing_is_touched() {
 fn a_ring_is_scanned_whenever_it_is_enabled_without_a_kick() {
     let export = Export::start(&["ram:8M"]);
     let attach = Attach::start(export.uri());
-    let setup = Setup { enable: false, ..Setup::default() };
+    let setup = Setup {
+        enable: false,
+        ..Setup::default()
+    };
     let mut guest = FrontEnd::connect_with(&attach.socket, setup);
     for round in 0..5 {
         guest.add(0, 0, kind::WRITE, round, &[out(DATA, 512)]);
         guest.add(0, 1, kind::READ, round, &[into(DATA + 4096, 512)]);
         guest.rings[0].publish();
-        assert!(guest.rings[0].is_silent(Duration::from_millis(50)), "it was not enabled");
+        assert!(
+            guest.rings[0].is_silent(Duration::from_millis(50)),
+            "it was not enabled"
+        );
         guest.enable(0, true);
         guest.rings[0].wait(2);
-        assert_eq!((guest.status(0, 0), guest.status(0, 1)), (OK, OK), "round {round}");
+        assert_eq!(
+            (guest.status(0, 0), guest.status(0, 1)),
+            (OK, OK),
+            "round {round}"
+        );
         guest.enable(0, false);
     }
     // Enabled twice, it is scanned twice.
@@ -125,7 +147,11 @@ fn a_ring_is_scanned_whenever_it_is_enabled_without_a_kick() {
 fn a_ring_that_stopped_goes_on_where_it_was_also_across_the_wrap_of_its_indices() {
     let export = Export::start(&["ram:8M"]);
     let attach = Attach::start(export.uri());
-    let setup = Setup { enable: false, size: 16, ..Setup::default() };
+    let setup = Setup {
+        enable: false,
+        size: 16,
+        ..Setup::default()
+    };
     let mut guest = FrontEnd::connect_with(&attach.socket, setup);
     let mut base = 65_500_u16;
     guest.frontend.get_vring_base(0).expect("GET_VRING_BASE");
@@ -136,7 +162,11 @@ fn a_ring_that_stopped_goes_on_where_it_was_also_across_the_wrap_of_its_indices(
         for number in 0..11_u16 {
             let data = noise(512, u64::from(number) + 100 * round);
             assert_eq!(guest.write(0, 3, &data), OK);
-            assert_eq!(guest.read(0, 3, 512), (OK, data), "round {round}, request {number}");
+            assert_eq!(
+                guest.read(0, 3, 512),
+                (OK, data),
+                "round {round}, request {number}"
+            );
             base = base.wrapping_add(2);
         }
         let stopped = guest.frontend.get_vring_base(0).expect("GET_VRING_BASE");
@@ -150,7 +180,10 @@ fn a_ring_that_stopped_goes_on_where_it_was_also_across_the_wrap_of_its_indices(
 fn one_ring_stops_while_another_goes_on() {
     let export = Export::start(&["ram:8M"]);
     let attach = Attach::start(export.uri());
-    let setup = Setup { rings: 3, ..Setup::default() };
+    let setup = Setup {
+        rings: 3,
+        ..Setup::default()
+    };
     let mut guest = FrontEnd::connect_with(&attach.socket, setup);
     for round in 0..20_u16 {
         assert_eq!(guest.write(2, 0, &[1; 512]), OK);

@@ -1,0 +1,239 @@
+//! An NVMe/TCP controller that a test scripts: honest where the script says nothing.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use nvmf::spec::fabrics::SQHD_FLOW_DISABLED;
+use nvmf::spec::identify::{IDENTIFY_LEN, IdentifyController, IdentifyNamespace, cns};
+use nvmf::spec::opcode::{admin, fabrics, nvm};
+use nvmf::spec::property::{Cap, Cc, Csts, offset};
+use nvmf::spec::{Cqe, Nqn, Sqe, Status};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+use crate::ring::PATIENCE;
+
+pub(crate) const SUBNQN: &str = "nqn.2026-01.org.example:scripted";
+const CNTLID: u16 = 1;
+
+/// PDU types.
+const IC_RESP: u8 = 1;
+const CAPSULE_CMD: u8 = 4;
+const CAPSULE_RESP: u8 = 5;
+const C2H_DATA: u8 = 7;
+/// Bytes of ICReq and ICResp, and of the headers of the others.
+const IC_LEN: usize = 128;
+const CMD_LEN: usize = 72;
+const DATA_LEN: usize = 24;
+const LAST_PDU: u8 = 1 << 2;
+
+/// What a test changes in an honest controller.
+#[derive(Default)]
+pub(crate) struct Script {
+    /// The result of Connect commands.
+    pub(crate) connect: Option<Cqe>,
+    pub(crate) controller: Option<fn(&mut IdentifyController)>,
+    pub(crate) namespace: Option<fn(&mut IdentifyNamespace)>,
+    /// Commands that are never answered, by opcode.
+    pub(crate) silent: Option<u8>,
+    /// PSH bytes of ICResp that are changed: offset in the PDU and value.
+    pub(crate) ic_resp: Vec<(usize, u8)>,
+}
+
+/// A controller that listens on a port of its own until the test ends.
+pub(crate) struct Scripted {
+    address: SocketAddr,
+    /// Values that were written to CC.
+    configurations: Arc<Mutex<Vec<u32>>>,
+}
+
+impl Scripted {
+    pub(crate) fn start(script: Script) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let configurations = Arc::<Mutex<Vec<u32>>>::default();
+        let shared = Arc::new((script, Arc::clone(&configurations)));
+        // Threads that nobody ends: each waits for bytes of a connection, and ends with it or with
+        // the program.
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                let shared = Arc::clone(&shared);
+                thread::spawn(move || {
+                    let (script, configurations) = &*shared;
+                    let _ = stream.set_read_timeout(Some(PATIENCE));
+                    let cc = Cc::default();
+                    // A host that hangs up is no error here.
+                    let _ = Connection {
+                        stream,
+                        script,
+                        configurations,
+                        cc,
+                    }
+                    .serve();
+                });
+            }
+        });
+        Self {
+            address,
+            configurations,
+        }
+    }
+
+    pub(crate) fn uri(&self) -> String {
+        format!("nvme+tcp://{}/{SUBNQN}", self.address)
+    }
+
+    pub(crate) fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    pub(crate) fn configurations(&self) -> Vec<Cc> {
+        let all = self
+            .configurations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        all.iter().map(|cc| Cc(*cc)).collect()
+    }
+}
+
+struct Connection<'a> {
+    stream: TcpStream,
+    script: &'a Script,
+    configurations: &'a Mutex<Vec<u32>>,
+    cc: Cc,
+}
+
+impl Connection<'_> {
+    fn serve(&mut self) -> std::io::Result<()> {
+        self.stream.read_exact(&mut [0; IC_LEN])?;
+        let mut resp = [0; IC_LEN];
+        (resp[0], resp[2], resp[4]) = (IC_RESP, 128, 128);
+        // MAXH2CDATA of 1 MiB.
+        resp[12..16].copy_from_slice(&(1_u32 << 20).to_le_bytes());
+        for (at, byte) in &self.script.ic_resp {
+            resp[*at] = *byte;
+        }
+        self.stream.write_all(&resp)?;
+        loop {
+            let mut header = [0; CMD_LEN];
+            self.stream.read_exact(&mut header)?;
+            if header[0] != CAPSULE_CMD {
+                // A host that ends the connection has said why.
+                return Ok(());
+            }
+            let length = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
+            let mut data = vec![0; length as usize - CMD_LEN];
+            self.stream.read_exact(&mut data)?;
+            let sqe = Sqe::read_from_bytes(&header[8..]).expect("64 bytes");
+            self.answer(&sqe)?;
+        }
+    }
+
+    fn answer(&mut self, sqe: &Sqe) -> std::io::Result<()> {
+        if self.script.silent == Some(sqe.opcode) {
+            return Ok(());
+        }
+        let cid = sqe.cid.get();
+        let cqe = match (sqe.opcode, sqe.fctype()) {
+            (fabrics::OPCODE, fabrics::CONNECT) => self.script.connect.unwrap_or(Cqe {
+                sqhd: SQHD_FLOW_DISABLED.into(),
+                ..Cqe::with_result(0, CNTLID.into())
+            }),
+            (fabrics::OPCODE, fabrics::PROPERTY_GET) => Cqe::with_result(0, self.property(sqe)),
+            (fabrics::OPCODE, fabrics::PROPERTY_SET) => {
+                self.cc = Cc(sqe.cdw12.get());
+                let mut all = self
+                    .configurations
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                all.push(self.cc.0);
+                Cqe::new(0, Status::SUCCESS)
+            }
+            (admin::IDENTIFY, _) => match self.identify(sqe.cdw10.get() as u8) {
+                Some(data) => {
+                    self.send_data(cid, &data)?;
+                    Cqe::new(0, Status::SUCCESS)
+                }
+                None => Cqe::new(0, Status::INVALID_FIELD),
+            },
+            // One I/O queue each way, zero-based.
+            (admin::SET_FEATURES | admin::KEEP_ALIVE | nvm::FLUSH, _) => {
+                Cqe::new(0, Status::SUCCESS)
+            }
+            _ => Cqe::new(0, Status::INVALID_OPCODE),
+        };
+        self.send(
+            CAPSULE_RESP,
+            0,
+            Cqe {
+                cid: cid.into(),
+                ..cqe
+            }
+            .as_bytes(),
+            &[],
+        )
+    }
+
+    fn property(&self, sqe: &Sqe) -> u64 {
+        let csts = match (self.cc.shn(), self.cc.en()) {
+            (0, true) => Csts::RDY,
+            (0, false) => 0,
+            _ => Csts::RDY | Csts::SHST_COMPLETE,
+        };
+        match sqe.cdw11.get() {
+            offset::CAP => Cap::CSS_NVM | Cap::CQR | 10 << 24 | 127,
+            offset::VS => 0x0001_0400,
+            offset::CC => self.cc.0.into(),
+            offset::CSTS => csts.into(),
+            _ => 0,
+        }
+    }
+
+    fn identify(&self, structure: u8) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; IDENTIFY_LEN];
+        match structure {
+            cns::CONTROLLER => {
+                let mut data = IdentifyController::new_zeroed();
+                data.cntlid = CNTLID.into();
+                data.ver = 0x0001_0400.into();
+                data.cntrltype = 1;
+                (data.sqes, data.cqes) = (0x66, 0x44);
+                data.nn = 1.into();
+                (data.ioccsz, data.iorcsz) = (4.into(), 1.into());
+                data.subnqn = Nqn::new(SUBNQN).expect("a name").to_field();
+                self.script.controller.inspect(|change| change(&mut data));
+                bytes = data.as_bytes().to_vec();
+            }
+            cns::ACTIVE_NAMESPACES => bytes[0] = 1,
+            cns::NAMESPACE => {
+                let mut data = IdentifyNamespace::new_zeroed();
+                (data.nsze, data.ncap) = (2048.into(), 2048.into());
+                data.lbaf[0].lbads = 9;
+                self.script.namespace.inspect(|change| change(&mut data));
+                bytes = data.as_bytes().to_vec();
+            }
+            cns::NAMESPACE_DESCRIPTORS => {}
+            _ => return None,
+        }
+        Some(bytes)
+    }
+
+    fn send_data(&mut self, cid: u16, data: &[u8]) -> std::io::Result<()> {
+        let mut psh = [0; DATA_LEN - 8];
+        psh[..2].copy_from_slice(&cid.to_le_bytes());
+        psh[8..12].copy_from_slice(&u32::try_from(data.len()).expect("short").to_le_bytes());
+        self.send(C2H_DATA, LAST_PDU, &psh, data)
+    }
+
+    fn send(&mut self, kind: u8, flags: u8, psh: &[u8], data: &[u8]) -> std::io::Result<()> {
+        let header_len = u8::try_from(8 + psh.len()).expect("short");
+        let data_at = if data.is_empty() { 0 } else { header_len };
+        let length = u32::try_from(8 + psh.len() + data.len()).expect("short");
+        let mut pdu = vec![kind, flags, header_len, data_at];
+        pdu.extend(length.to_le_bytes());
+        pdu.extend(psh);
+        pdu.extend(data);
+        self.stream.write_all(&pdu)
+    }
+}
