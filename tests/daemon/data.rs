@@ -130,7 +130,7 @@ fn compare_with_model(driver: &mut Driver, model: &mut [u8], block: usize, seed:
 #[track_caller]
 fn random_requests_match_a_model(spec: &str, block: usize) -> Vec<u8> {
     let seed = fastrand::u64(..);
-    println!("seed {seed}");
+    eprintln!("seed {seed}");
     let mut export = Export::start(&[spec]);
     let mut attach = Attach::start_with(&["--nr-io-queues", "2"], export.uri());
     let mut driver = Driver::connect(&attach.socket, QUEUES, 128, DISK as u64);
@@ -183,7 +183,7 @@ fn random_requests_to_a_file_match_a_model_and_so_does_the_file() {
 fn a_request_larger_than_any_command_can_be_is_carried_out_whole() {
     // A command names at most 65536 blocks; this is more, in one piece and in one descriptor.
     const LEN: u64 = 40 << 20;
-    assert!(LEN > 65536 * 512 && DATA + LEN <= LOW_SIZE);
+    const { assert!(LEN > 65536 * 512 && DATA + LEN <= LOW_SIZE) };
     let len = u32::try_from(LEN).expect("below 4 GiB");
     let export = Export::start(&["ram:48M"]);
     let mut attach = Attach::start(export.uri());

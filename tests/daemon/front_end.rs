@@ -32,7 +32,6 @@ pub(crate) const UNANSWERED: u8 = 0xaa;
 pub(crate) mod feature {
     pub(crate) const RO: u64 = 1 << 5;
     pub(crate) const FLUSH: u64 = 1 << 9;
-    pub(crate) const CONFIG_WCE: u64 = 1 << 11;
     pub(crate) const EVENT_IDX: u64 = 1 << 29;
 }
 
