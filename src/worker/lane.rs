@@ -173,11 +173,13 @@ impl DeviceLane {
         more
     }
 
-    /// Sends what this turn brought about.
-    fn flush_paths(&mut self, ready: &mut [Ready]) {
+    /// Sends what this turn brought about. True when one path has more to send at once.
+    fn flush_paths(&mut self, ready: &mut [Ready]) -> bool {
+        let mut more = false;
         for (pair, ready) in self.paths.iter_mut().zip(ready) {
-            pair.flush(ready);
+            more |= pair.flush(ready);
         }
+        more
     }
 
     /// Takes out paths that have ended, once what they had is completed. True when there was one:
@@ -449,7 +451,7 @@ impl Lane for DeviceLane {
         let mut again = self.progress(path_ready);
         self.issue();
         again |= self.take_requests();
-        self.flush_paths(path_ready);
+        again |= self.flush_paths(path_ready);
         again |= self.drop_lost_paths();
         self.finish();
         self.flush_rings();

@@ -417,7 +417,7 @@ impl Lane for TargetLane {
         // this turn.
         again |= self.io.flush();
         self.backend_done();
-        self.pair.flush(pair_ready);
+        again |= self.pair.flush(pair_ready);
         if self.waiting.is_empty() {
             again |= self.io.flush();
         } else {
@@ -425,7 +425,7 @@ impl Lane for TargetLane {
             again |= self.events();
             self.wake_waiting();
             again |= self.io.flush();
-            self.pair.flush(pair_ready);
+            again |= self.pair.flush(pair_ready);
         }
         if self.pair.ending().is_none() {
             return if again { Turn::Again } else { Turn::Idle };

@@ -389,7 +389,9 @@ impl QueuePair for ScriptedPair {
         false
     }
 
-    fn flush(&mut self, _: &mut Ready) {}
+    fn flush(&mut self, _: &mut Ready) -> bool {
+        false
+    }
 
     fn ending(&self) -> Option<&Ending> {
         self.ending.as_ref()

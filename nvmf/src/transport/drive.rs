@@ -50,7 +50,9 @@ impl<P: QueuePair + ?Sized> Driven<P> {
 
     /// As [`Self::progress`], to be polled.
     pub fn poll_progress(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.pair.flush(&mut self.ready);
+        if self.pair.flush(&mut self.ready) {
+            cx.waker().wake_by_ref();
+        }
         if self.pair.ending().is_some() {
             return Poll::Ready(());
         }

@@ -157,8 +157,9 @@ pub trait QueuePair: Send {
     /// what turned out to be exhausted. True when it stopped at its bound with more to do.
     fn progress(&mut self, ready: &mut Ready) -> bool;
 
-    /// Sends what is queued, as one system call where possible.
-    fn flush(&mut self, ready: &mut Ready);
+    /// Sends what is queued, as one system call where possible. True when it stopped at its bound
+    /// with more to send: nothing will announce that, so call again without sleeping.
+    fn flush(&mut self, ready: &mut Ready) -> bool;
 
     /// How it ended, once it has.
     fn ending(&self) -> Option<&Ending>;

@@ -213,18 +213,19 @@ impl QueuePair for TcpController {
     fn progress(&mut self, ready: &mut Ready) -> bool {
         // A peer that sends commands and takes no answers is not read from until it does.
         if self.stream.machine.backlogged() {
-            self.stream.flush(&mut self.memory, ready);
+            let more = self.stream.flush(&mut self.memory, ready);
             self.release_lent();
-            return false;
+            return more;
         }
         let more = self.stream.progress(&mut self.memory, ready);
         self.release_lent();
         more
     }
 
-    fn flush(&mut self, ready: &mut Ready) {
-        self.stream.flush(&mut self.memory, ready);
+    fn flush(&mut self, ready: &mut Ready) -> bool {
+        let more = self.stream.flush(&mut self.memory, ready);
         self.release_lent();
+        more
     }
 
     fn ending(&self) -> Option<&Ending> {

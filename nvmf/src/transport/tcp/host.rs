@@ -91,9 +91,10 @@ impl QueuePair for TcpHost {
         more
     }
 
-    fn flush(&mut self, ready: &mut Ready) {
-        self.stream.flush(&mut self.memory, ready);
+    fn flush(&mut self, ready: &mut Ready) -> bool {
+        let more = self.stream.flush(&mut self.memory, ready);
         self.abort_if_ended();
+        more
     }
 
     fn ending(&self) -> Option<&Ending> {

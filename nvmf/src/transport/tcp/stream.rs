@@ -133,9 +133,9 @@ impl<R: Role> Stream<R> {
         }
     }
 
-    /// Moves bytes both ways, a bounded amount. True when more can be received at once.
+    /// Moves bytes both ways, a bounded amount. True when more can be moved at once.
     pub(super) fn progress(&mut self, memory: &mut impl Memory, ready: &mut Ready) -> bool {
-        self.flush(memory, ready);
+        let unsent = self.flush(memory, ready);
         for _ in 0..CALLS_PER_TURN {
             if self.ending.is_some() {
                 return false;
@@ -144,14 +144,14 @@ impl<R: Role> Stream<R> {
                 return true;
             }
             if self.ending.is_some() || !ready.readable {
-                return false;
+                return unsent && self.ending.is_none();
             }
             self.receive(memory, ready);
         }
         if let Pump::Paused = self.pump(memory) {
             return true;
         }
-        ready.readable
+        unsent || ready.readable
     }
 
     /// Uses staged bytes until there are none or the consumer must be asked.
@@ -300,7 +300,8 @@ impl<R: Role> Stream<R> {
 
     /// The peer broke the protocol: tell it once, then end.
     fn fault(&mut self, memory: &mut impl Memory, what: String) -> Pump {
-        self.flush(
+        // What does not leave now is lost with the connection.
+        let _ = self.flush(
             memory,
             &mut Ready {
                 readable: false,
@@ -312,14 +313,15 @@ impl<R: Role> Stream<R> {
     }
 
     /// Sends what the machine has, batch by batch, until there is nothing or the socket is full.
-    pub(super) fn flush(&mut self, memory: &mut impl Memory, ready: &mut Ready) {
+    /// True when it stopped before that: the socket has room, and will not say so again.
+    pub(super) fn flush(&mut self, memory: &mut impl Memory, ready: &mut Ready) -> bool {
         if self.blocked && !ready.writable {
-            return;
+            return false;
         }
         self.blocked = false;
         for _ in 0..CALLS_PER_TURN {
             if self.ending.is_some() || !self.fill() {
-                return;
+                return false;
             }
             match self.send(memory) {
                 Ok(true) => {}
@@ -327,11 +329,15 @@ impl<R: Role> Stream<R> {
                     // Not all was taken: the socket says when there is room.
                     self.blocked = true;
                     ready.writable = false;
-                    return;
+                    return false;
                 }
-                Err(error) => return self.end(Ending::Lost(error.to_string())),
+                Err(error) => {
+                    self.end(Ending::Lost(error.to_string()));
+                    return false;
+                }
             }
         }
+        self.fill()
     }
 
     /// Takes PDUs from the machine up to what one call sends; false when there is nothing to send.
