@@ -19,7 +19,7 @@ boot:
 
 test:
 	qemu-scripts/install-packages build guest
-	$(CARGO) test --workspace --exclude guest-tests
+	$(CARGO) test --workspace --exclude guest-tests --no-fail-fast
 	$(CARGO) test -p guest-tests --lib --bins
 	$(MAKE) --no-print-directory guest-test
 

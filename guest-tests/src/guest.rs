@@ -88,6 +88,8 @@ pub struct Guest {
     heard: Arc<Heard>,
     boots: usize,
     next_id: u64,
+    /// It left a script unanswered: whatever else it is asked would only cost time.
+    silent: bool,
     /// Holds the console and the agent's socket.
     _directory: TempDir,
 }
@@ -188,6 +190,7 @@ impl Guest {
             heard,
             boots: 0,
             next_id: 1,
+            silent: false,
             _directory: directory,
         };
         if let Err(error) = guest.wait_for_boot(BOOT_LIMIT) {
@@ -316,6 +319,9 @@ impl Guest {
     }
 
     fn send(&mut self, request: &Request) -> Result<()> {
+        if self.silent {
+            bail!("not tried, the guest has stopped answering");
+        }
         let mut line = serde_json::to_string(request)?;
         line.push('\n');
         self.to_agent
@@ -339,7 +345,8 @@ impl Guest {
         what: &str,
         mut arrived: impl FnMut(&mut HeardState) -> Result<Option<T>>,
     ) -> Result<T> {
-        let mut state = self.heard.lock();
+        let heard = Arc::clone(&self.heard);
+        let mut state = heard.lock();
         loop {
             if let Some(value) = arrived(&mut state)? {
                 return Ok(value);
@@ -351,9 +358,10 @@ impl Guest {
                 .checked_duration_since(Instant::now())
                 .filter(|left| !left.is_zero())
             else {
+                self.silent = true;
                 bail!("no answer from the guest: waited for {what}");
             };
-            let waited = self.heard.changed.wait_timeout(state, left);
+            let waited = heard.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

@@ -5,6 +5,7 @@
 mod cases;
 mod data;
 mod devices;
+mod machines;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;
