@@ -76,7 +76,7 @@ fn a_signal_ends_attach_in_time_when_the_target_is_silent_with_requests_in_fligh
         let mut attach = Attach::start_with(&["--nr-io-queues", "2"], export.uri());
         let mut guest = FrontEnd::connect(&attach.socket);
         assert_eq!(guest.write(0, 0, &[1; 512]), OK);
-        export.process.signal(Signal::STOP);
+        export.process.pause();
         for slot in 0..20 {
             guest.add(0, slot, kind::WRITE, 0, &[out(DATA, 64 << 10)]);
             guest.add(0, slot + 20, kind::READ, 0, &[into(DATA, 64 << 10)]);
@@ -88,7 +88,7 @@ fn a_signal_ends_attach_in_time_when_the_target_is_silent_with_requests_in_fligh
             guest.rings[0].used().is_empty(),
             "nobody answered, and yet it was answered"
         );
-        export.process.signal(Signal::CONT);
+        export.process.resume();
     }
 }
 
@@ -118,7 +118,7 @@ fn when_the_target_is_killed_requests_fail_the_log_says_why_and_the_end_is_as_qu
     let mut attach = Attach::start(export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
-    export.process.signal(Signal::STOP);
+    export.process.pause();
     for slot in 0..16 {
         guest.add(0, slot, kind::WRITE, 0, &[out(DATA, 64 << 10)]);
     }
@@ -154,7 +154,7 @@ fn a_target_that_falls_silent_is_lost_after_the_keep_alive_time() {
     let mut attach = Attach::start_with(&["--keep-alive-tmo", "1"], export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
-    export.process.signal(Signal::STOP);
+    export.process.pause();
     guest.add(0, 0, kind::WRITE, 0, &[out(DATA, 4096)]);
     guest.rings[0].submit();
     guest.rings[0].wait(1);
@@ -192,7 +192,7 @@ fn export_ends_in_time_when_a_host_is_silent() {
     let attach = Attach::start(export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
-    attach.process.signal(Signal::STOP);
+    attach.process.pause();
     // Connected, and not even a host.
     let strangers: Vec<_> = (0..4)
         .map(|_| std::net::TcpStream::connect(export.address()))

@@ -69,6 +69,31 @@ impl Process {
         pidfd_send_signal(&*self.handle, signal).expect("the process runs");
     }
 
+    /// Stops it with SIGSTOP: none of its threads does anything once this returns.
+    #[track_caller]
+    pub(crate) fn pause(&self) {
+        self.signal(Signal::STOP);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !self.is_paused() {
+            assert!(Instant::now() < deadline, "{} does not stop", self.name);
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn is_paused(&self) -> bool {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");
+        let mut paths = tasks.map(|entry| entry.expect("an entry").path());
+        paths.all(|path| {
+            let status = std::fs::read_to_string(path.join("status"));
+            status.is_ok_and(|status| status.contains("\nState:\tT"))
+        })
+    }
+
+    /// Lets it go on.
+    pub(crate) fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
     pub(crate) fn is_running(&self) -> bool {
         !has_ended(&self.handle, Duration::ZERO)
     }

@@ -3,7 +3,6 @@
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use rustix::process::Signal;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -381,7 +380,7 @@ fn a_front_end_that_vanishes_in_the_middle_leaves_correct_data_to_the_next() {
     for number in 0..REQUESTS {
         assert_eq!(guest.write(0, sectors * number, &old), OK);
     }
-    export.process.signal(Signal::STOP);
+    export.process.pause();
     for number in 0..REQUESTS {
         let at = DATA + u64::from(LEN) * number;
         guest.memory.write(at, &new);
@@ -394,7 +393,7 @@ fn a_front_end_that_vanishes_in_the_middle_leaves_correct_data_to_the_next() {
         "a stopped target answered"
     );
     drop(guest);
-    export.process.signal(Signal::CONT);
+    export.process.resume();
     let mut next = FrontEnd::connect(&attach.socket);
     for number in 0..REQUESTS {
         let (status, read) = next.read(0, sectors * number, LEN as usize);

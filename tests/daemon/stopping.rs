@@ -3,7 +3,6 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
 use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
@@ -29,7 +28,7 @@ fn stopping_waits_for_what_is_in_flight(
     let mut guest = FrontEnd::connect(&attach.socket);
     let data = noise(LEN as usize, 20);
     assert_eq!(guest.write(0, 0, &data), OK);
-    export.process.signal(Signal::STOP);
+    export.process.pause();
     for slot in 0..REQUESTS {
         let at = DATA + u64::from(LEN) * slot as u64;
         let (kind, sector, buffer) = match slot % 2 {
@@ -50,7 +49,7 @@ fn stopping_waits_for_what_is_in_flight(
         "the ring stopped with {REQUESTS} requests in flight"
     );
     let continued = Instant::now();
-    export.process.signal(Signal::CONT);
+    export.process.resume();
     let (base, stopped) = stopping.join().expect("an answer");
     assert!(stopped > continued);
     assert!(
