@@ -7,7 +7,10 @@ use nvmf::spec::{Cqe, Sqe, Status};
 use nvmf::tcp::{Controller, ControllerEvent, Digests, Direction, Host, Limits, QPair, Role, Want};
 use zerocopy::IntoBytes;
 
+mod digest;
 mod stepping;
+mod wire;
+
 use stepping::{feed, pattern, sent};
 
 const QUEUE_SIZE: u32 = 8;

@@ -1,13 +1,11 @@
 //! Digests in the NVMe/TCP machine: what they cover, what a wrong one leads to, and what it does not.
-#![expect(clippy::unwrap_used, reason = "a test ends when something is missing")]
 
 use nvmf::spec::{Cqe, Sqe, Status};
 use nvmf::tcp::{
     Controller, ControllerEvent, Digests, Direction, Host, Limits, QPair, Role, Want, crc32c,
 };
 
-mod stepping;
-use stepping::{feed, pattern, sent};
+use crate::stepping::{feed, pattern, sent};
 
 const QUEUE_SIZE: u32 = 8;
 const BOTH: Digests = Digests {
