@@ -136,6 +136,12 @@ pub(crate) struct AttachArgs {
         value_parser = value_parser!(u16).range(limits::KEEP_ALIVE_SECONDS)
     )]
     pub(crate) keep_alive_tmo: u16,
+    /// Ask for a CRC32C digest of every PDU header
+    #[arg(long)]
+    pub(crate) hdr_digest: bool,
+    /// Ask for a CRC32C digest of all data; what the guest writes is then copied once
+    #[arg(long)]
+    pub(crate) data_digest: bool,
     /// nvme+tcp://HOST[:4420]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]
     #[arg(value_name = "URI")]
     pub(crate) uri: Uri,
@@ -181,7 +187,10 @@ Examples:
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks
   One of several, on another port of an IPv6 address, read-only:
     vhost-nvmf attach --socket-path /run/disk.sock --read-only \\
-        'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'";
+        'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'
+  Over a network that is not trusted to keep bits as they are:
+    vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \
+        nvme+tcp://storage.example/nqn.2026-01.org.example:disks";
 
 const EXPORT_EXAMPLES: &str = "\
 Examples:

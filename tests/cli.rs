@@ -94,6 +94,8 @@ fn help_and_version_are_printed_and_are_no_failure() {
                 "Examples:",
                 "--socket-path",
                 "--keep-alive-tmo",
+                "--hdr-digest",
+                "--data-digest",
                 "nvme+tcp://",
             ],
         ),

@@ -3,6 +3,9 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 
+/// Bytes that a digest takes at a time: they stay in the first cache between copy and sum.
+const DIGEST_PIECE: usize = 4096;
+
 /// A range that does not lie inside the memory described.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OutOfBounds {
@@ -228,6 +231,30 @@ impl Extent {
             true
         });
         Ok(())
+    }
+
+    /// Extends a CRC32C over the range. The bytes are copied to private memory piece by piece: the
+    /// digest is taken of what can no longer change, and no reference to foreign memory exists.
+    pub(crate) fn crc32c(&self, range: Range<usize>, crc: u32) -> Result<u32, OutOfBounds> {
+        let len = range.end.saturating_sub(range.start);
+        self.check(range.start, len)?;
+        let mut private = [0u8; DIGEST_PIECE];
+        let mut crc = crc;
+        self.for_pieces(range.start..range.start + len, |base, len| {
+            let mut done = 0;
+            while done < len {
+                let take = (len - done).min(DIGEST_PIECE);
+                // SAFETY: `done + take <= len`, so the bytes lie in the same live segment (promised
+                // in `Segment::new`); `private` has room for `take` and is no one else's.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(base.add(done), private.as_mut_ptr(), take);
+                }
+                crc = crc32c::crc32c_append(crc, &private[..take]);
+                done += take;
+            }
+            true
+        });
+        Ok(crc)
     }
 
     pub(crate) fn fill(&self, range: Range<usize>, byte: u8) -> Result<(), OutOfBounds> {

@@ -80,6 +80,14 @@ impl MemSink {
         self.0.fill(range, byte)
     }
 
+    /// Extends `crc`, the CRC32C of what came before (0 at the start), over the range.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] when the range is not inside.
+    pub fn crc32c(&self, range: Range<usize>, crc: u32) -> Result<u32, OutOfBounds> {
+        self.0.crc32c(range, crc)
+    }
+
     /// Turns what was filled into something to read, with the same memory.
     pub fn into_source(self) -> crate::MemSource {
         crate::MemSource::from_extent(self.0)

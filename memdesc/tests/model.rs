@@ -75,6 +75,31 @@ proptest! {
     }
 
     #[test]
+    fn a_digest_is_that_of_the_array_however_it_is_cut(
+        lengths in prop::collection::vec(0usize..6000, 0..6),
+        start in 0usize..20000,
+        len in 0usize..20000,
+        at in 0usize..20000,
+    ) {
+        let mut store: Vec<u8> = (0..total(&lengths)).map(|i| (i * 7 + i / 256) as u8).collect();
+        let model = store.clone();
+        let sink = MemSink::from_segments(segments(&mut store, &lengths));
+        let digest = sink.crc32c(start..start + len, 0);
+        match model.get(start..start + len) {
+            Some(range) => {
+                prop_assert_eq!(digest, Ok(crc32c::crc32c(range)));
+                let at = start + at.min(len);
+                let first = sink.crc32c(start..at, 0).unwrap();
+                prop_assert_eq!(sink.crc32c(at..start + len, first), digest);
+            }
+            None => prop_assert_eq!(
+                digest,
+                Err(OutOfBounds { offset: start, len, available: model.len() })
+            ),
+        }
+    }
+
+    #[test]
     fn vectors_cover_the_range_in_order_up_to_the_limit(
         lengths in prop::collection::vec(0usize..40, 1..12),
         cut in 0usize..200,

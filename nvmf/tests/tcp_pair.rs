@@ -1,14 +1,19 @@
 //! Our host's queue pair against our controller's over a real loopback connection.
 #![expect(clippy::unwrap_used, reason = "a test ends when something is missing")]
+#![expect(unsafe_code, reason = "segments over memory that changes")]
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use memdesc::{MemSink, MemSource};
+use memdesc::{MemSink, MemSource, Segment};
 use nvmf::spec::{Cqe, Sqe, Status, trtype};
+use nvmf::tcp::negotiate;
 use nvmf::transport::registry::Lease;
-use nvmf::transport::tcp::{Connection, accept, connect};
+use nvmf::transport::tcp::{Connection, Digests, accept, connect};
 use nvmf::transport::{
     CommandTag, ControllerEvent, ControllerQueuePair, Ending, HostQueuePair, QueuePair,
     QueueParams, Ready, Registry, Transfer,
@@ -19,7 +24,22 @@ const IN_CAPSULE: u32 = 8192;
 const WRITE: u8 = 1;
 const READ: u8 = 2;
 
-fn connections() -> (Connection, Connection) {
+const OFF: Digests = Digests {
+    header: false,
+    data: false,
+};
+const HEADER: Digests = Digests {
+    header: true,
+    ..OFF
+};
+const DATA: Digests = Digests { data: true, ..OFF };
+const BOTH: Digests = Digests {
+    header: true,
+    data: true,
+};
+const ALL: [Digests; 4] = [OFF, HEADER, DATA, BOTH];
+
+fn connections(digests: Digests) -> (Connection, Connection) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -28,7 +48,7 @@ fn connections() -> (Connection, Connection) {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (host, controller) = tokio::join!(connect(address, deadline), async {
+        let (host, controller) = tokio::join!(connect(address, digests, deadline), async {
             accept(listener.accept().await.unwrap().0, deadline).await
         });
         (host.unwrap(), controller.unwrap())
@@ -48,8 +68,8 @@ fn params(connection: Connection, sq_flow_control: bool) -> QueueParams {
 
 type Pairs = (Box<dyn HostQueuePair>, Box<dyn ControllerQueuePair>);
 
-fn pairs(registry: &Registry, sq_flow_control: bool) -> Pairs {
-    let (host, controller) = connections();
+fn pairs(registry: &Registry, sq_flow_control: bool, digests: Digests) -> Pairs {
+    let (host, controller) = connections(digests);
     let host = registry
         .open_host(trtype::TCP, params(host, sq_flow_control))
         .unwrap();
@@ -119,7 +139,9 @@ impl Shelf {
                 }
             }
             ControllerEvent::Fetched { tag, sink, result } => {
-                result.unwrap();
+                if let Err(status) = result {
+                    return pair.respond(tag, Cqe::new(0, status));
+                }
                 let nsid = self.commands[&tag.0].nsid.get();
                 self.kept.insert(nsid, sink.into_parts().1.unwrap());
                 pair.respond(tag, Cqe::default());
@@ -143,9 +165,15 @@ fn step(pair: &mut (impl QueuePair + ?Sized)) {
 
 /// Runs commands of many sizes at full depth, written and then read back. Returns the payload
 /// bytes that each side copied.
-fn round_trip(sq_flow_control: bool, lazy: bool, sizes: &[usize], rounds: usize) -> (u64, u64) {
+fn round_trip(
+    sq_flow_control: bool,
+    lazy: bool,
+    digests: Digests,
+    sizes: &[usize],
+    rounds: usize,
+) -> (u64, u64) {
     let registry = Registry::with_defaults();
-    let (mut host, mut controller) = pairs(&registry, sq_flow_control);
+    let (mut host, mut controller) = pairs(&registry, sq_flow_control, digests);
     assert_eq!(registry.queue_pairs("tcp"), 2);
     let mut shelf = Shelf {
         lazy,
@@ -206,22 +234,37 @@ fn data_of_every_size_survives_both_ways() {
         512, 1, 4096, 8191, 8192, 8193, 16383, 16384, 20000, 131072, 131073, 262144, 524288, 65536,
         3, 12288,
     ];
-    for sq_flow_control in [false, true] {
-        for lazy in [false, true] {
-            round_trip(sq_flow_control, lazy, &sizes, 12);
+    for digests in ALL {
+        for sq_flow_control in [false, true] {
+            for lazy in [false, true] {
+                let rounds = if digests == OFF { 12 } else { 4 };
+                round_trip(sq_flow_control, lazy, digests, &sizes, rounds);
+            }
         }
     }
 }
 
 #[test]
 fn transfers_of_128_kib_copy_nothing_on_either_side() {
-    assert_eq!(round_trip(false, false, &[131072], 64), (0, 0));
+    for digests in [OFF, HEADER] {
+        let copied = round_trip(false, false, digests, &[131072], 64);
+        assert_eq!(copied, (0, 0), "{digests:?}");
+    }
+}
+
+#[test]
+fn with_data_digests_each_side_copies_once_what_it_sends_and_nothing_that_it_receives() {
+    let sent = 64 * 131072;
+    for digests in [DATA, BOTH] {
+        let copied = round_trip(false, false, digests, &[131072], 64);
+        assert_eq!(copied, (sent, sent), "{digests:?}");
+    }
 }
 
 #[test]
 fn a_failed_command_gives_its_memory_back_and_the_queue_goes_on() {
     let registry = Registry::with_defaults();
-    let (mut host, mut controller) = pairs(&registry, false);
+    let (mut host, mut controller) = pairs(&registry, false, OFF);
     let mut shelf = Shelf::default();
     let data = MemSource::from_bytes(vec![7; 100_000]);
     host.submit(Sqe::new(9, 1), Transfer::Out(data), 1).unwrap();
@@ -241,7 +284,7 @@ fn a_failed_command_gives_its_memory_back_and_the_queue_goes_on() {
 #[test]
 fn losing_the_peer_completes_everything_once_as_aborted() {
     let registry = Registry::with_defaults();
-    let (mut host, controller) = pairs(&registry, false);
+    let (mut host, controller) = pairs(&registry, false, OFF);
     for token in 0..5 {
         let sink = MemSink::from_bytes(vec![0; 4096]);
         host.submit(Sqe::new(READ, 1), Transfer::In(sink), token)
@@ -272,7 +315,7 @@ fn losing_the_peer_completes_everything_once_as_aborted() {
 #[test]
 fn a_peer_that_speaks_nonsense_is_told_once_and_left() {
     let registry = Registry::with_defaults();
-    let (host, controller) = connections();
+    let (host, controller) = connections(OFF);
     let mut peer = host.stream;
     peer.set_nonblocking(false).unwrap();
     peer.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
@@ -300,4 +343,215 @@ fn a_peer_that_speaks_nonsense_is_told_once_and_left() {
     assert_eq!(u16::from_le_bytes([answer[8], answer[9]]), 1);
     assert_eq!(answer[10..14], [0; 4]);
     assert_eq!(answer[24..], header[..8]);
+}
+
+/// A connection that passes through the test, which may flip a bit on the way.
+struct Tampered {
+    near: TcpStream,
+    far: TcpStream,
+    /// Bytes passed, from the host and from the controller.
+    passed: [u64; 2],
+    /// Direction (0: from the host) and offset of the byte to flip.
+    flip: Option<(usize, u64)>,
+}
+
+impl Tampered {
+    fn new(registry: &Registry, digests: Digests) -> (Pairs, Self) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let link = || {
+            let end = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let other = listener.accept().unwrap().0;
+            end.set_nonblocking(true).unwrap();
+            other.set_nonblocking(true).unwrap();
+            (end, other)
+        };
+        let (negotiated, _) = negotiate::answer(&negotiate::ic_req(digests)).unwrap();
+        let (host, near) = link();
+        let (controller, far) = link();
+        let of = |stream| params(Connection { stream, negotiated }, false);
+        let host = registry.open_host(trtype::TCP, of(host)).unwrap();
+        let controller = registry.open_controller(trtype::TCP, of(controller));
+        let tampered = Self {
+            near,
+            far,
+            passed: [0, 0],
+            flip: None,
+        };
+        ((host, controller.unwrap()), tampered)
+    }
+
+    /// Passes on what has arrived.
+    fn pass(&mut self) {
+        let Self {
+            near,
+            far,
+            passed,
+            flip,
+        } = self;
+        for (direction, (from, to)) in [(&*near, &*far), (&*far, &*near)].into_iter().enumerate() {
+            let mut bytes = [0; 4096];
+            while let Ok(n @ 1..) = (&*from).read(&mut bytes) {
+                let begin = passed[direction];
+                passed[direction] += n as u64;
+                if let Some((_, at)) = flip.filter(|&(which, at)| {
+                    which == direction && (begin..begin + n as u64).contains(&at)
+                }) {
+                    bytes[(at - begin) as usize] ^= 0x20;
+                    *flip = None;
+                }
+                to.set_nonblocking(false).unwrap();
+                (&*to).write_all(&bytes[..n]).unwrap();
+                to.set_nonblocking(true).unwrap();
+            }
+        }
+    }
+}
+
+/// Runs one command and returns its status.
+fn run(
+    (host, controller): &mut Pairs,
+    shelf: &mut Shelf,
+    link: &mut Tampered,
+    sqe: Sqe,
+    transfer: Transfer,
+) -> Status {
+    host.submit(sqe, transfer, 0).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        assert!(Instant::now() < deadline, "no completion");
+        step(&mut **host);
+        link.pass();
+        step(&mut **controller);
+        shelf.turn(&mut **controller);
+        step(&mut **controller);
+        link.pass();
+        step(&mut **host);
+        assert_eq!((host.ending(), controller.ending()), (None, None));
+        if let Some(completion) = host.completion() {
+            if let (Transfer::In(sink), true) =
+                (completion.transfer, completion.cqe.status().is_success())
+            {
+                let bytes = sink.into_parts().1.unwrap();
+                assert!(bytes == pattern(9, bytes.len()));
+            }
+            return completion.cqe.status();
+        }
+    }
+}
+
+#[test]
+fn a_flipped_bit_of_data_fails_that_command_alone_and_the_queue_goes_on() {
+    let registry = Registry::with_defaults();
+    // In a capsule, asked for by R2T, and large enough to be received in place.
+    for len in [4096usize, 12288, 100_000] {
+        for lazy in [false, true] {
+            let (mut pairs, mut link) = Tampered::new(&registry, BOTH);
+            let mut shelf = Shelf {
+                lazy,
+                ..Shelf::default()
+            };
+            let mut write = |link: &mut Tampered| {
+                let data = Transfer::Out(MemSource::from_bytes(pattern(9, len)));
+                run(&mut pairs, &mut shelf, link, Sqe::new(WRITE, 1), data)
+            };
+            assert_eq!(write(&mut link), Status::SUCCESS);
+            // Capsule header and its digest; then, of H2CData too; then into the payload.
+            let headers = if len <= IN_CAPSULE as usize {
+                76
+            } else {
+                76 + 28
+            };
+            link.flip = Some((0, link.passed[0] + headers + len as u64 / 2));
+            assert_eq!(
+                write(&mut link),
+                Status::DATA_TRANSFER_ERROR,
+                "{len}, {lazy}"
+            );
+            assert_eq!(link.flip, None);
+            assert_eq!(write(&mut link), Status::SUCCESS);
+
+            let mut read = |link: &mut Tampered| {
+                let sink = Transfer::In(MemSink::from_bytes(vec![0; len]));
+                run(&mut pairs, &mut shelf, link, Sqe::new(READ, 1), sink)
+            };
+            assert_eq!(read(&mut link), Status::SUCCESS);
+            link.flip = Some((1, link.passed[1] + 28 + len as u64 / 2));
+            assert_eq!(
+                read(&mut link),
+                Status::TRANSIENT_TRANSPORT,
+                "{len}, {lazy}"
+            );
+            assert_eq!(link.flip, None);
+            assert_eq!(read(&mut link), Status::SUCCESS);
+        }
+    }
+}
+
+#[test]
+fn a_flipped_bit_of_a_header_ends_the_connection_and_says_why() {
+    let registry = Registry::with_defaults();
+    let ((mut host, mut controller), mut link) = Tampered::new(&registry, BOTH);
+    link.flip = Some((0, 40));
+    host.submit(Sqe::new(READ, 1), Transfer::None, 0).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while host.ending().is_none() && Instant::now() < deadline {
+        step(&mut *host);
+        link.pass();
+        step(&mut *controller);
+        link.pass();
+    }
+    let named = |ending: Option<&Ending>| ending.map(ToString::to_string).unwrap_or_default();
+    assert!(
+        named(controller.ending()).contains("FES 3"),
+        "{:?}",
+        controller.ending()
+    );
+    assert!(
+        named(host.ending()).contains("FES 3"),
+        "{:?}",
+        host.ending()
+    );
+    assert_eq!(
+        host.completion().unwrap().cqe.status(),
+        Status::ABORTED_BY_HOST
+    );
+}
+
+#[test]
+fn memory_that_changes_while_it_is_sent_never_spoils_its_digest() {
+    let registry = Registry::with_defaults();
+    let memory: Vec<AtomicU64> = (0..65536).map(AtomicU64::new).collect();
+    let stop = AtomicBool::new(false);
+    let source = || {
+        let base = NonNull::from(&memory[0]).cast();
+        // SAFETY: `memory` outlives every source made here, and is only reached through atomics.
+        MemSource::from_segments(vec![unsafe { Segment::new(base, 524_288) }])
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for word in &memory {
+                    word.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        let ((mut host, mut controller), mut shelf) =
+            (pairs(&registry, false, DATA), Shelf::default());
+        let mut statuses = Vec::new();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        for _ in 0..20 {
+            host.submit(Sqe::new(WRITE, 1), Transfer::Out(source()), 0)
+                .unwrap();
+        }
+        while statuses.len() < 20 && Instant::now() < deadline {
+            step(&mut *host);
+            step(&mut *controller);
+            shelf.turn(&mut *controller);
+            step(&mut *controller);
+            let done = std::iter::from_fn(|| host.completion());
+            statuses.extend(done.map(|done| done.cqe.status()));
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(statuses, [Status::SUCCESS; 20]);
+    });
 }

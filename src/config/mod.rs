@@ -136,6 +136,8 @@ impl AttachConfig {
                 nr_io_queues: args.nr_io_queues.unwrap_or(cpus).min(MAX_NR_IO_QUEUES),
                 queue_size: args.queue_size,
                 keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
+                hdr_digest: args.hdr_digest,
+                data_digest: args.data_digest,
                 ..HostOptions::new(nqn, id)
             },
             uri: args.uri,
@@ -299,6 +301,7 @@ mod tests {
         assert_eq!(config.host.keep_alive_tmo, Duration::from_secs(5));
         assert!((1..=256).contains(&config.host.nr_io_queues));
         assert!(!config.read_only && config.serial.is_none());
+        assert!(!config.host.hdr_digest && !config.host.data_digest);
     }
 
     #[test]
@@ -322,6 +325,17 @@ mod tests {
             config.host.hostid.to_string(),
             "6ba7b810-9dad-41d1-80b4-00c04fd430c8"
         );
+    }
+
+    #[test]
+    fn each_digest_is_asked_for_by_itself() {
+        for (option, digests) in [
+            ("--hdr-digest", (true, false)),
+            ("--data-digest", (false, true)),
+        ] {
+            let host = attach(&[option]).host;
+            assert_eq!((host.hdr_digest, host.data_digest), digests);
+        }
     }
 
     #[test]

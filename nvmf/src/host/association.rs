@@ -64,7 +64,8 @@ impl Association {
         let kato = options.check()?;
         let end = Instant::now() + options.connect_timeout;
         let addresses = target.resolve(end).await?;
-        Self::connect_any(&Tcp(registry), &addresses, target, options, kato, end).await
+        let dial = Tcp::new(registry, options);
+        Self::connect_any(&dial, &addresses, target, options, kato, end).await
     }
 
     /// Connects at the first of several addresses where that works.
@@ -240,7 +241,8 @@ impl Association {
         &self,
         registry: &Registry,
     ) -> Result<Vec<Box<dyn HostQueuePair>>, HostError> {
-        self.open_io_queues_over(&Tcp(registry)).await
+        self.open_io_queues_over(&Tcp::new(registry, &self.options))
+            .await
     }
 
     pub(super) async fn open_io_queues_over(

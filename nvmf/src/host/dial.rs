@@ -7,9 +7,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::error::HostError;
+use super::options::HostOptions;
 use crate::spec::trtype;
 use crate::transport::registry::Lease;
-use crate::transport::tcp::{self, ConnectError};
+use crate::transport::tcp::{self, ConnectError, Digests};
 use crate::transport::{HostQueuePair, QueueParams, Registry};
 
 /// A queue pair to be opened, before Connect.
@@ -34,7 +35,21 @@ pub(super) trait Dial: Sync {
 }
 
 /// TCP, through whichever transport of the registry takes the connection.
-pub(super) struct Tcp<'a>(pub(super) &'a Registry);
+pub(super) struct Tcp<'a> {
+    registry: &'a Registry,
+    digests: Digests,
+}
+
+impl<'a> Tcp<'a> {
+    /// Connections as the options ask for them.
+    pub(super) fn new(registry: &'a Registry, options: &HostOptions) -> Self {
+        let digests = Digests {
+            header: options.hdr_digest,
+            data: options.data_digest,
+        };
+        Self { registry, digests }
+    }
+}
 
 impl Dial for Tcp<'_> {
     async fn open(
@@ -44,9 +59,16 @@ impl Dial for Tcp<'_> {
         deadline: Instant,
     ) -> Result<Box<dyn HostQueuePair>, HostError> {
         let started = Instant::now();
-        let connection = tcp::connect(at, deadline)
+        let connection = tcp::connect(at, self.digests, deadline)
             .await
             .map_err(|error| handshake_failed(at, error, deadline - started))?;
+        let agreed = connection.negotiated.digests;
+        if queue.admin && agreed != self.digests {
+            tracing::warn!(
+                controller = %at, header = agreed.header, data = agreed.data,
+                "the controller does not grant the digests that were asked for"
+            );
+        }
         let params = QueueParams {
             admin: queue.admin,
             queue_size: queue.entries,
@@ -57,7 +79,7 @@ impl Dial for Tcp<'_> {
             connection,
             lease: Lease::default(),
         };
-        self.0
+        self.registry
             .open_host(trtype::TCP, params)
             .map_err(|error| HostError::Transport {
                 at,

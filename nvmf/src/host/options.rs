@@ -21,13 +21,17 @@ pub struct HostOptions {
     pub queue_size: u16,
     /// Keep-alive time-out, sent in milliseconds; zero turns it off.
     pub keep_alive_tmo: Duration,
+    /// Ask for header digests (CRC32C). A controller may decline.
+    pub hdr_digest: bool,
+    /// Ask for data digests (CRC32C). A controller may decline.
+    pub data_digest: bool,
     /// How long connecting to all addresses of the target may take together, and each command after
     /// that. Enabling may take what the controller states instead.
     pub connect_timeout: Duration,
 }
 
 impl HostOptions {
-    /// Options with their defaults: one queue of 128 entries, 5 s until either end takes the other
+    /// Options with their defaults: one queue of 128 entries, no digests, 5 s until either end takes the other
     /// for dead, 5 s to connect.
     pub fn new(hostnqn: Nqn, hostid: Uuid) -> Self {
         Self {
@@ -36,6 +40,8 @@ impl HostOptions {
             nr_io_queues: 1,
             queue_size: 128,
             keep_alive_tmo: Duration::from_secs(5),
+            hdr_digest: false,
+            data_digest: false,
             connect_timeout: Duration::from_secs(5),
         }
     }

@@ -5,16 +5,12 @@ use std::collections::VecDeque;
 use super::cid_table::CidTable;
 use super::error::{FatalError, Fes};
 use super::limits::Limits;
-use super::outgoing::{TxPayload, TxPdu};
+use super::outgoing::{MAX_TX_DATA, TxPayload, TxPdu};
 use super::pdu::{self, Data, Pdu, Receiver, offset, pdu_type};
 use super::qpair::{QPair, Role, Window, sealed};
 use crate::spec::fabrics::SQHD_FLOW_DISABLED;
 use crate::spec::sqe::{PSDT_SGL, sgl_type};
 use crate::spec::{Cqe, Sqe, Status};
-
-/// Largest payload that we put in one C2HData, in bytes: bounds how long one large read holds up
-/// everything behind it.
-const MAX_TX_DATA: u32 = 128 * 1024;
 
 /// What happened on a controller's queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +30,8 @@ pub enum ControllerEvent {
     Fetched {
         /// The command.
         slot: u16,
+        /// False when a digest of it did not match: what was placed is not to be used.
+        intact: bool,
     },
 }
 
@@ -62,6 +60,8 @@ struct Fetch {
     end: u32,
     /// Its R2T went out.
     asked: bool,
+    /// No digest of it mismatched so far.
+    intact: bool,
 }
 
 /// Data queued for the host.
@@ -179,6 +179,7 @@ impl QPair<Controller> {
             next: offset,
             end,
             asked: false,
+            intact: true,
         });
         role.tx.push_back(Tx::R2t(index));
         Ok(())
@@ -308,6 +309,7 @@ impl Controller {
             next: 0,
             end: data_len,
             asked: true,
+            intact: true,
         });
         self.slots[usize::from(index)] = Slot {
             busy: true,
@@ -467,21 +469,29 @@ impl sealed::Sealed for Controller {
         }
     }
 
-    fn payload_complete(&mut self) {
+    fn payload_complete(&mut self, intact: bool) {
         let Some(index) = self.receiving.take() else {
             return;
         };
         let slot = &mut self.slots[usize::from(index)];
-        let done = slot.in_capsule || slot.fetch.is_some_and(|fetch| fetch.next == fetch.end);
-        if !done {
+        let Some(fetch) = &mut slot.fetch else {
+            return;
+        };
+        fetch.intact &= intact;
+        let Fetch {
+            next, end, intact, ..
+        } = *fetch;
+        if !slot.in_capsule && next != end {
             return;
         }
         slot.fetch = None;
         if slot.answered {
             self.retire_if_done(index);
         } else {
-            self.events
-                .push_back(ControllerEvent::Fetched { slot: index });
+            self.events.push_back(ControllerEvent::Fetched {
+                slot: index,
+                intact,
+            });
         }
     }
 
@@ -508,14 +518,15 @@ impl sealed::Sealed for Controller {
                         continue;
                     };
                     fetch.asked = true;
-                    return Some(pdu::r2t(Data {
+                    let data = Data {
                         cccid: slot.cid,
                         ttag: index,
                         offset: fetch.next,
                         length: fetch.end - fetch.next,
                         last: false,
                         success: false,
-                    }));
+                    };
+                    return Some(pdu::r2t(data, limits.digests));
                 }
                 Tx::Response { slot, mut cqe } => {
                     cqe.sqhd = self.next_sqhd().into();
@@ -525,7 +536,7 @@ impl sealed::Sealed for Controller {
                         slot.closed = true;
                         self.retire_if_done(index);
                     }
-                    return Some(pdu::capsule_resp(cqe));
+                    return Some(pdu::capsule_resp(cqe, limits.digests));
                 }
             }
         }

@@ -2,7 +2,8 @@
 
 use zerocopy::FromBytes;
 
-use super::error::FatalError;
+use super::digest::{DIGEST_LEN, crc32c};
+use super::error::{FatalError, Fes};
 use super::limits::Limits;
 use super::outgoing::MAX_HEADER_LEN;
 use super::pdu::{self, COMMON_LEN, CommonHeader, Pdu, Receiver, Shape};
@@ -10,7 +11,7 @@ use super::pdu::{self, COMMON_LEN, CommonHeader, Pdu, Receiver, Shape};
 /// Where in the stream the framer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Collecting a header; its shape is known once the common part is complete.
+    /// Collecting a header and its digest; its shape is known once the common part is complete.
     Header(Option<Shape>),
     /// Skipping this many bytes between header and payload.
     Pad(usize),
@@ -24,7 +25,12 @@ pub(crate) enum Framed {
     /// More bytes are needed.
     More,
     /// A header is complete; its payload (if any) follows.
-    Pdu(Pdu),
+    Pdu {
+        /// The PDU.
+        pdu: Pdu,
+        /// A digest follows that payload.
+        data_digest: bool,
+    },
     /// A termination request too malformed to read.
     Garbage,
 }
@@ -33,9 +39,13 @@ pub(crate) enum Framed {
 pub(crate) struct Framer {
     header: [u8; MAX_HEADER_LEN],
     have: usize,
+    /// Bytes of the header itself, as far as known.
+    hlen: usize,
     state: State,
     /// Set while padding is skipped.
     parsed: Option<Pdu>,
+    /// A digest follows the payload of that PDU.
+    data_digest: bool,
 }
 
 impl Framer {
@@ -43,8 +53,10 @@ impl Framer {
         Self {
             header: [0; MAX_HEADER_LEN],
             have: 0,
+            hlen: COMMON_LEN,
             state: State::Header(None),
             parsed: None,
+            data_digest: false,
         }
     }
 
@@ -52,7 +64,7 @@ impl Framer {
     pub(crate) fn needed(&self) -> usize {
         match self.state {
             State::Header(None) => COMMON_LEN - self.have,
-            State::Header(Some(shape)) => shape.hlen + shape.pad - self.have,
+            State::Header(Some(shape)) => shape.hlen + shape.header_digest + shape.pad - self.have,
             State::Pad(left) => left,
             State::Payload => 0,
         }
@@ -63,9 +75,9 @@ impl Framer {
         self.state == State::Header(None) && self.have == 0
     }
 
-    /// The header bytes collected so far.
+    /// The header bytes collected so far, digest apart.
     pub(crate) fn offending(&self) -> &[u8] {
-        &self.header[..self.have]
+        &self.header[..self.have.min(self.hlen)]
     }
 
     /// Takes bytes, never more than belong to the current header and its padding; returns how many.
@@ -79,7 +91,7 @@ impl Framer {
         loop {
             match self.state {
                 State::Header(shape) => {
-                    let until = shape.map_or(COMMON_LEN, |shape| shape.hlen);
+                    let until = shape.map_or(COMMON_LEN, |shape| shape.hlen + shape.header_digest);
                     let take = (until - self.have).min(bytes.len() - used);
                     self.header[self.have..self.have + take]
                         .copy_from_slice(&bytes[used..used + take]);
@@ -93,19 +105,21 @@ impl Framer {
                             return Ok((used, Framed::Garbage));
                         };
                         match pdu::check_common(&common, receiver, limits)? {
-                            Some(shape) => self.state = State::Header(Some(shape)),
+                            Some(shape) => {
+                                self.hlen = shape.hlen;
+                                self.state = State::Header(Some(shape));
+                            }
                             None => return Ok((used, Framed::Garbage)),
                         }
                         continue;
                     };
-                    let parsed = pdu::parse(&self.header[..shape.hlen], shape)?;
-                    if shape.pad > 0 {
-                        self.parsed = Some(parsed);
-                        self.state = State::Pad(shape.pad);
-                        continue;
+                    if shape.header_digest > 0 {
+                        self.check_digest(shape.hlen)?;
                     }
-                    self.state = State::Payload;
-                    return Ok((used, Framed::Pdu(parsed)));
+                    self.data_digest = shape.data_digest;
+                    let pdu = pdu::parse(&self.header[..shape.hlen], shape)?;
+                    self.parsed = Some(pdu);
+                    self.state = State::Pad(shape.pad);
                 }
                 State::Pad(left) => {
                     let take = left.min(bytes.len() - used);
@@ -115,16 +129,38 @@ impl Framer {
                         return Ok((used, Framed::More));
                     }
                     self.state = State::Payload;
-                    return Ok((used, self.parsed.take().map_or(Framed::More, Framed::Pdu)));
+                    let data_digest = self.data_digest;
+                    let framed = self
+                        .parsed
+                        .take()
+                        .map_or(Framed::More, |pdu| Framed::Pdu { pdu, data_digest });
+                    return Ok((used, framed));
                 }
                 State::Payload => return Ok((used, Framed::More)),
             }
         }
     }
 
+    /// Compares the digest behind a complete header with the header.
+    fn check_digest(&self, hlen: usize) -> Result<(), FatalError> {
+        let (header, rest) = self.header.split_at(hlen);
+        let mut received = [0; DIGEST_LEN];
+        received.copy_from_slice(&rest[..DIGEST_LEN]);
+        let received = u32::from_le_bytes(received);
+        if crc32c(0, header) == received {
+            return Ok(());
+        }
+        Err(FatalError {
+            fes: Fes::HEADER_DIGEST,
+            fei: received,
+            what: "the header digest does not match",
+        })
+    }
+
     /// The payload of the current PDU is complete (or there is none): the next header begins.
     pub(crate) fn next_header(&mut self) {
         self.have = 0;
+        self.hlen = COMMON_LEN;
         self.state = State::Header(None);
     }
 }

@@ -4,16 +4,13 @@ use std::collections::VecDeque;
 
 use super::error::{FatalError, Fes};
 use super::limits::Limits;
-use super::outgoing::{TxPayload, TxPdu};
+use super::outgoing::{MAX_TX_DATA, TxPayload, TxPdu};
 use super::pdu::{self, Data, Pdu, Receiver, offset, pdu_type};
 use super::qpair::{QPair, Role, Window, sealed};
 use crate::spec::opcode::nvm;
 use crate::spec::sqe::{PSDT_MASK, PSDT_SGL, SglDescriptor, sgl_type};
 use crate::spec::{Cqe, Sqe, Status};
 
-/// Largest payload that we put in one H2CData, in bytes, whatever the controller takes: bounds how
-/// long one large write holds up everything behind it.
-const MAX_TX_DATA: u32 = 128 * 1024;
 /// CID that no command may have (Base: reserved for error log entries).
 const CID_RESERVED: u16 = 0xffff;
 
@@ -35,7 +32,8 @@ pub struct Completed {
     /// The slot that it had, now free.
     pub slot: u16,
     /// Its completion. The status is a data transfer error when the controller reported success
-    /// although the data did not all move: NVMe has no short transfers.
+    /// although the data did not all move (NVMe has no short transfers), and a transient transport
+    /// error when it did not move intact.
     pub cqe: Cqe,
     /// False when the entry was made up from the SUCCESS flag.
     pub sqhd_valid: bool,
@@ -55,6 +53,8 @@ struct Slot {
     /// The capsule went out.
     sent: bool,
     len: u32,
+    /// Data was received whose digest did not match.
+    corrupt: bool,
     /// In: bytes received. Out: bytes asked for by R2T (or in the capsule).
     moved: u32,
     /// R2Ts not yet fully answered.
@@ -135,7 +135,7 @@ impl QPair<Host> {
 
     /// Queues a command with `len` bytes of data. Returns its slot and CID; `None` when full.
     pub fn submit(&mut self, mut sqe: Sqe, direction: Direction, len: u32) -> Option<(u16, u16)> {
-        let in_capsule_limit = self.limits().in_capsule_limit;
+        let in_capsule_limit = self.limits().in_capsule_limit.min(MAX_TX_DATA);
         let role = &mut self.role;
         let index = role.free.pop()?;
         let slot = &mut role.slots[usize::from(index)];
@@ -189,7 +189,9 @@ impl QPair<Host> {
                 Direction::Out => !admin && slot.sqe.opcode == nvm::WRITE,
                 Direction::None => false,
             };
-        if cqe.status().is_success() && short {
+        if cqe.status().is_success() && slot.corrupt {
+            cqe.status = Status::TRANSIENT_TRANSPORT.to_wire().into();
+        } else if cqe.status().is_success() && short {
             cqe.status = Status::DATA_TRANSFER_ERROR.to_wire().into();
         }
         let done = Completed {
@@ -363,7 +365,7 @@ impl sealed::Sealed for Host {
         }
     }
 
-    fn payload_complete(&mut self) {
+    fn payload_complete(&mut self, intact: bool) {
         let Some(Receiving {
             slot: index,
             end,
@@ -375,6 +377,7 @@ impl sealed::Sealed for Host {
         };
         let slot = &mut self.slots[usize::from(index)];
         slot.moved = end;
+        slot.corrupt |= !intact;
         if last && success {
             let cqe = Cqe::new(slot.cid, Status::SUCCESS);
             self.settle(index, cqe, false);

@@ -1,5 +1,7 @@
 //! What bounds one queue pair, once its connection is negotiated.
 
+use super::digest::Digests;
+
 /// What bounds a queue pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -13,6 +15,8 @@ pub struct Limits {
     pub max_r2t: u32,
     /// Largest in-capsule data, in bytes.
     pub in_capsule_limit: u32,
+    /// Digests that every PDU carries, both ways.
+    pub digests: Digests,
     /// The admin queue.
     pub admin: bool,
 }

@@ -6,10 +6,12 @@
 //! when a queue is sized.
 //!
 //! On a protocol fault it sends one termination request with the exact FES and FEI, then is silent.
-//! Digests are not implemented: they are neither offered nor accepted in [`negotiate`].
+//! A header digest is made and checked here. A data digest covers payload, so the driver folds it
+//! ([`crc32c`]) and the machine says where it lies; a mismatch fails that command alone.
 
 mod cid_table;
 mod controller;
+mod digest;
 mod error;
 mod framer;
 mod host;
@@ -20,9 +22,10 @@ mod pdu;
 mod qpair;
 
 pub use controller::{Answered, Controller, ControllerEvent, FetchError, SendError};
+pub use digest::{DIGEST_LEN, Digests, crc32c};
 pub use error::{FatalError, Fes};
 pub use host::{Completed, Direction, Host};
 pub use limits::Limits;
-pub use outgoing::{MAX_HEADER_LEN, TxPayload, TxPdu};
+pub use outgoing::{MAX_HEADER_LEN, MAX_TX_DATA, TxPayload, TxPdu};
 pub use pdu::TermReq;
 pub use qpair::{QPair, Role, Want};

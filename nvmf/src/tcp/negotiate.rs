@@ -3,6 +3,7 @@
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::digest::Digests;
 use super::error::{FatalError, Fes};
 use super::limits::Limits;
 use super::pdu::{CommonHeader, offset, pdu_type};
@@ -41,6 +42,8 @@ pub struct Negotiated {
     pub max_h2c_data: u32,
     /// R2Ts that one command may have outstanding.
     pub max_r2t: u32,
+    /// Digests that PDUs carry.
+    pub digests: Digests,
 }
 
 impl Negotiated {
@@ -52,12 +55,13 @@ impl Negotiated {
             max_h2c_data: self.max_h2c_data,
             max_r2t: self.max_r2t,
             in_capsule_limit,
+            digests: self.digests,
             admin,
         }
     }
 }
 
-fn ic_pdu(pdu_type: u8, limit: u32) -> [u8; IC_LEN] {
+fn ic_pdu(pdu_type: u8, digests: Digests, limit: u32) -> [u8; IC_LEN] {
     let common = CommonHeader {
         pdu_type,
         flags: 0,
@@ -69,7 +73,7 @@ fn ic_pdu(pdu_type: u8, limit: u32) -> [u8; IC_LEN] {
         common,
         pfv: 0.into(),
         pda: (OUR_ALIGN / 4 - 1) as u8,
-        digests: 0,
+        digests: digests.to_wire(),
         limit: limit.into(),
         reserved: [0; 112],
     };
@@ -78,9 +82,9 @@ fn ic_pdu(pdu_type: u8, limit: u32) -> [u8; IC_LEN] {
     bytes
 }
 
-/// The ICReq of a host of ours.
-pub fn ic_req() -> [u8; IC_LEN] {
-    ic_pdu(pdu_type::IC_REQ, HOST_MAX_R2T - 1)
+/// The ICReq of a host of ours that asks for `digests`.
+pub fn ic_req(digests: Digests) -> [u8; IC_LEN] {
+    ic_pdu(pdu_type::IC_REQ, digests, HOST_MAX_R2T - 1)
 }
 
 /// Checks of the fields that both IC PDUs have, lowest offset first.
@@ -130,7 +134,8 @@ fn align(pda: u8) -> u32 {
     (u32::from(pda) + 1) * 4
 }
 
-/// The controller's side: checks an ICReq and makes the ICResp.
+/// The controller's side: checks an ICReq and makes the ICResp, which grants each digest that the
+/// host asks for.
 ///
 /// # Errors
 /// The offence, for a termination request.
@@ -140,20 +145,24 @@ pub fn answer(req: &[u8; IC_LEN]) -> Result<(Negotiated, [u8; IC_LEN]), FatalErr
         tx_align: align(pdu.pda),
         max_h2c_data: CONTROLLER_MAX_H2C_DATA,
         max_r2t: pdu.limit.get().saturating_add(1),
+        digests: Digests::from_wire(pdu.digests),
     };
-    Ok((
-        negotiated,
-        ic_pdu(pdu_type::IC_RESP, CONTROLLER_MAX_H2C_DATA),
-    ))
+    let resp = ic_pdu(
+        pdu_type::IC_RESP,
+        negotiated.digests,
+        CONTROLLER_MAX_H2C_DATA,
+    );
+    Ok((negotiated, resp))
 }
 
-/// The host's side: checks an ICResp.
+/// The host's side: checks an ICResp against the digests that were asked for. The controller may
+/// grant fewer.
 ///
 /// # Errors
 /// The offence, for a termination request.
-pub fn agree(resp: &[u8; IC_LEN]) -> Result<Negotiated, FatalError> {
+pub fn agree(resp: &[u8; IC_LEN], asked: Digests) -> Result<Negotiated, FatalError> {
     let pdu = check(resp, pdu_type::IC_RESP)?;
-    if pdu.digests != 0 {
+    if pdu.digests & !asked.to_wire() != 0 {
         return Err(FatalError {
             fes: Fes::UNSUPPORTED_PARAMETER,
             fei: 11,
@@ -171,6 +180,7 @@ pub fn agree(resp: &[u8; IC_LEN]) -> Result<Negotiated, FatalError> {
         tx_align: align(pdu.pda),
         max_h2c_data,
         max_r2t: HOST_MAX_R2T,
+        digests: Digests::from_wire(pdu.digests),
     })
 }
 
@@ -207,12 +217,30 @@ pub fn termination(bytes: &[u8]) -> Option<super::TermReq> {
 mod tests {
     use super::*;
 
+    const NONE: Digests = Digests {
+        header: false,
+        data: false,
+    };
+    const HEADER: Digests = Digests {
+        header: true,
+        ..NONE
+    };
+    const DATA: Digests = Digests { data: true, ..NONE };
+    const BOTH: Digests = Digests {
+        header: true,
+        data: true,
+    };
+    const ALL: [Digests; 4] = [NONE, HEADER, DATA, BOTH];
+
     #[test]
     fn our_host_and_our_controller_agree() {
-        let (controller, resp) = answer(&ic_req()).unwrap();
-        let host = agree(&resp).unwrap();
-        assert_eq!(host, controller);
-        assert_eq!((host.tx_align, host.max_r2t), (4, HOST_MAX_R2T));
+        for asked in ALL {
+            let (controller, resp) = answer(&ic_req(asked)).unwrap();
+            let host = agree(&resp, asked).unwrap();
+            assert_eq!(host, controller);
+            assert_eq!(host.digests, asked);
+            assert_eq!((host.tx_align, host.max_r2t), (4, HOST_MAX_R2T));
+        }
     }
 
     #[test]
@@ -227,7 +255,7 @@ mod tests {
             (10, 32, 1, 10),
             (11, 4, 1, 11),
         ] {
-            let mut req = ic_req();
+            let mut req = ic_req(NONE);
             req[at] = value;
             // A second offence, further on, must not hide the first.
             req[11] |= 8;
@@ -238,28 +266,30 @@ mod tests {
 
     #[test]
     fn a_host_refuses_digests_it_did_not_ask_for_and_a_tiny_maxh2cdata() {
-        let (_, resp) = answer(&ic_req()).unwrap();
-        let mut digests = resp;
-        digests[11] = 1;
-        let error = agree(&digests).unwrap_err();
-        assert_eq!((error.fes.0, error.fei), (6, 11));
-        let mut tiny = resp;
+        for (asked, granted) in [(NONE, 1), (NONE, 2), (HEADER, 2), (HEADER, 3), (DATA, 1)] {
+            let (_, mut resp) = answer(&ic_req(NONE)).unwrap();
+            resp[11] = granted;
+            let error = agree(&resp, asked).unwrap_err();
+            assert_eq!((error.fes.0, error.fei), (6, 11), "{asked:?}, {granted}");
+        }
+        let (_, mut tiny) = answer(&ic_req(NONE)).unwrap();
         tiny[12..16].copy_from_slice(&4092u32.to_le_bytes());
-        let error = agree(&tiny).unwrap_err();
+        let error = agree(&tiny, NONE).unwrap_err();
         assert_eq!((error.fes.0, error.fei), (1, 12));
     }
 
     #[test]
-    fn a_host_that_asks_for_digests_is_answered_without_them() {
-        let mut req = ic_req();
-        req[11] = 3;
-        let (_, resp) = answer(&req).unwrap();
-        assert_eq!(resp[11], 0);
+    fn a_host_does_without_digests_that_the_controller_does_not_grant() {
+        let (_, resp) = answer(&ic_req(NONE)).unwrap();
+        assert_eq!(agree(&resp, BOTH).unwrap().digests, NONE);
+        let (_, resp) = answer(&ic_req(DATA)).unwrap();
+        assert_eq!(resp[11], 2);
+        assert_eq!(agree(&resp, BOTH).unwrap().digests, DATA);
     }
 
     #[test]
     fn alignment_and_r2t_limit_are_made_ordinary_counts() {
-        let mut req = ic_req();
+        let mut req = ic_req(NONE);
         req[10] = 31;
         req[12..16].copy_from_slice(&0u32.to_le_bytes());
         let (agreed, _) = answer(&req).unwrap();

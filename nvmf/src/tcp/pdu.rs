@@ -3,6 +3,7 @@
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::digest::{DIGEST_LEN, Digests};
 use super::error::{FatalError, Fes};
 use super::limits::Limits;
 use super::outgoing::{MAX_HEADER_LEN, TxPdu};
@@ -28,6 +29,8 @@ pub(crate) mod pdu_type {
 
 /// Flags of the common header.
 pub(crate) mod flag {
+    pub(crate) const HEADER_DIGEST: u8 = 1 << 0;
+    pub(crate) const DATA_DIGEST: u8 = 1 << 1;
     pub(crate) const LAST_PDU: u8 = 1 << 2;
     pub(crate) const SUCCESS: u8 = 1 << 3;
 }
@@ -149,10 +152,14 @@ pub(crate) enum Pdu {
 pub(crate) struct Shape {
     /// Header bytes.
     pub(crate) hlen: usize,
-    /// Bytes between header and payload.
+    /// Bytes of the header's digest, right behind it.
+    pub(crate) header_digest: usize,
+    /// Bytes between that and the payload.
     pub(crate) pad: usize,
     /// Payload bytes.
     pub(crate) data_len: u32,
+    /// A digest follows the payload.
+    pub(crate) data_digest: bool,
 }
 
 /// Who receives.
@@ -188,9 +195,15 @@ pub(crate) fn check_common(
         }
     };
     let (flags_allowed, hlen, rule) = expected;
+    let plen = header.plen.get();
+    let pdo = u32::from(header.pdo);
+    let header_digest = limits.digests.header_len();
+    let header_end = u32::from(hlen) + header_digest as u32;
     // NVMe/TCP: flags that are not defined for a type are reserved, and digest flags are set if and
-    // only if the digest was negotiated.
-    if header.flags & !flags_allowed != 0 {
+    // only if the digest was negotiated; that of data only where there is data.
+    let data_digest = limits.digests.data && rule != DataRule::Never && pdo != 0 && plen > pdo;
+    let expected_flags = digest_flags(limits.digests, u32::from(data_digest));
+    if header.flags & !flags_allowed != expected_flags {
         return Err(FatalError::field(offset::FLAGS, "PDU flags not allowed"));
     }
     if header.flags & flag::SUCCESS != 0 && header.flags & flag::LAST_PDU == 0 {
@@ -199,9 +212,6 @@ pub(crate) fn check_common(
     if header.hlen != hlen {
         return Err(FatalError::field(offset::HLEN, "wrong header length"));
     }
-    let plen = header.plen.get();
-    let hlen = u32::from(hlen);
-    let pdo = u32::from(header.pdo);
     let data_starts = match rule {
         DataRule::Never if pdo != 0 => {
             return Err(FatalError::field(
@@ -209,31 +219,40 @@ pub(crate) fn check_common(
                 "data offset in a PDU without data",
             ));
         }
-        DataRule::Never => hlen,
+        DataRule::Never => header_end,
         DataRule::Optional | DataRule::Always if pdo == 0 => {
             // Allowed only when there is no data.
-            if plen > hlen {
+            if plen > header_end {
                 return Err(FatalError::field(
                     offset::PDO,
                     "no data offset although data follows",
                 ));
             }
-            hlen
+            header_end
         }
         DataRule::Optional | DataRule::Always => {
-            if pdo < hlen || pdo > plen || !pdo.is_multiple_of(limits.rx_align) {
+            if pdo < header_end || pdo > plen || !pdo.is_multiple_of(limits.rx_align) {
                 return Err(FatalError::field(offset::PDO, "data offset not acceptable"));
             }
             pdo
         }
     };
-    if plen < data_starts || (rule == DataRule::Never && plen != hlen) {
+    if plen < data_starts || (rule == DataRule::Never && plen != header_end) {
         return Err(FatalError::field(
             offset::PLEN,
             "PDU length does not fit its header",
         ));
     }
-    let data_len = plen - data_starts;
+    let digest_len = if data_digest { DIGEST_LEN as u32 } else { 0 };
+    let data_len = match (plen - data_starts).checked_sub(digest_len) {
+        Some(data_len) if data_len > 0 || !data_digest => data_len,
+        _ => {
+            return Err(FatalError::field(
+                offset::PLEN,
+                "no room for data in front of its digest",
+            ));
+        }
+    };
     if header.pdu_type == CAPSULE_CMD && data_len > limits.in_capsule_limit {
         return Err(FatalError::field(
             offset::PLEN,
@@ -241,9 +260,11 @@ pub(crate) fn check_common(
         ));
     }
     Ok(Some(Shape {
-        hlen: hlen as usize,
-        pad: (data_starts - hlen) as usize,
+        hlen: usize::from(hlen),
+        header_digest,
+        pad: (data_starts - header_end) as usize,
         data_len,
+        data_digest,
     }))
 }
 
@@ -259,8 +280,10 @@ fn check_term_req(header: &CommonHeader) -> Option<Shape> {
     let good = header.hlen == 24 && (24..=TERM_REQ_MAX).contains(&plen);
     good.then_some(Shape {
         hlen: 24,
+        header_digest: 0,
         pad: 0,
         data_len: plen - 24,
+        data_digest: false,
     })
 }
 
@@ -310,9 +333,27 @@ pub(crate) fn parse(header: &[u8], shape: Shape) -> Result<Pdu, FatalError> {
     }
 }
 
-/// Where payload starts after a header of `hlen` bytes, with the receiver's alignment.
-fn data_offset(hlen: usize, align: u32) -> usize {
-    hlen.next_multiple_of(align as usize).min(MAX_HEADER_LEN)
+/// Where payload starts after a header of `hlen` bytes, with its digest and the receiver's
+/// alignment.
+fn data_offset(hlen: usize, limits: &Limits) -> usize {
+    (hlen + limits.digests.header_len())
+        .next_multiple_of(limits.tx_align as usize)
+        .min(MAX_HEADER_LEN)
+}
+
+/// The digest flags of a PDU with `data_len` bytes of data.
+fn digest_flags(digests: Digests, data_len: u32) -> u8 {
+    let header = if digests.header {
+        flag::HEADER_DIGEST
+    } else {
+        0
+    };
+    let data = if digests.data && data_len > 0 {
+        flag::DATA_DIGEST
+    } else {
+        0
+    };
+    header | data
 }
 
 fn common(pdu_type: u8, flags: u8, hlen: usize, pdo: usize, plen: usize) -> CommonHeader {
@@ -327,45 +368,52 @@ fn common(pdu_type: u8, flags: u8, hlen: usize, pdo: usize, plen: usize) -> Comm
 
 /// CapsuleCmd, with `data_len` bytes of in-capsule data after it.
 pub(crate) fn capsule_cmd(sqe: Sqe, data_len: u32, limits: &Limits) -> TxPdu {
+    let digests = limits.digests;
     let hlen = size_of::<CapsuleCmd>();
     let pdo = if data_len > 0 {
-        data_offset(hlen, limits.tx_align)
+        data_offset(hlen, limits)
     } else {
         0
     };
-    let starts = pdo.max(hlen);
+    let starts = pdo.max(hlen + digests.header_len());
     let common = common(
         pdu_type::CAPSULE_CMD,
-        0,
+        digest_flags(digests, data_len),
         hlen,
         pdo,
-        starts + data_len as usize,
+        starts + data_len as usize + digests.data_len(data_len),
     );
-    TxPdu::new(CapsuleCmd { common, sqe }.as_bytes(), starts)
+    TxPdu::new(CapsuleCmd { common, sqe }.as_bytes(), starts, digests)
 }
 
 /// CapsuleResp.
-pub(crate) fn capsule_resp(cqe: Cqe) -> TxPdu {
+pub(crate) fn capsule_resp(cqe: Cqe, digests: Digests) -> TxPdu {
     let hlen = size_of::<CapsuleResp>();
-    let common = common(pdu_type::CAPSULE_RESP, 0, hlen, 0, hlen);
-    TxPdu::new(CapsuleResp { common, cqe }.as_bytes(), hlen)
+    let plen = hlen + digests.header_len();
+    let flags = digest_flags(digests, 0);
+    let common = common(pdu_type::CAPSULE_RESP, flags, hlen, 0, plen);
+    TxPdu::new(CapsuleResp { common, cqe }.as_bytes(), plen, digests)
 }
 
 /// H2CData or C2HData, with `data.length` bytes of payload after it.
 pub(crate) fn data(pdu_type: u8, data: Data, limits: &Limits) -> TxPdu {
     let hlen = size_of::<DataHeader>();
-    let pdo = data_offset(hlen, limits.tx_align);
-    let flags =
-        if data.last { flag::LAST_PDU } else { 0 } | if data.success { flag::SUCCESS } else { 0 };
-    let common = common(pdu_type, flags, hlen, pdo, pdo + data.length as usize);
-    TxPdu::new(data_header(common, data).as_bytes(), pdo)
+    let digests = limits.digests;
+    let pdo = data_offset(hlen, limits);
+    let flags = digest_flags(digests, data.length)
+        | if data.last { flag::LAST_PDU } else { 0 }
+        | if data.success { flag::SUCCESS } else { 0 };
+    let plen = pdo + data.length as usize + digests.data_len(data.length);
+    let common = common(pdu_type, flags, hlen, pdo, plen);
+    TxPdu::new(data_header(common, data).as_bytes(), pdo, digests)
 }
 
 /// R2T.
-pub(crate) fn r2t(data: Data) -> TxPdu {
+pub(crate) fn r2t(data: Data, digests: Digests) -> TxPdu {
     let hlen = size_of::<DataHeader>();
-    let common = common(pdu_type::R2T, 0, hlen, 0, hlen);
-    TxPdu::new(data_header(common, data).as_bytes(), hlen)
+    let plen = hlen + digests.header_len();
+    let common = common(pdu_type::R2T, digest_flags(digests, 0), hlen, 0, plen);
+    TxPdu::new(data_header(common, data).as_bytes(), plen, digests)
 }
 
 fn data_header(common: CommonHeader, data: Data) -> DataHeader {
@@ -379,7 +427,7 @@ fn data_header(common: CommonHeader, data: Data) -> DataHeader {
     }
 }
 
-/// A termination request, with the start of the offending header behind it.
+/// A termination request, with the start of the offending header behind it; never with digests.
 pub(crate) fn term_req(pdu_type: u8, error: FatalError, offending: &[u8]) -> TxPdu {
     let hlen = size_of::<TermReqHeader>();
     // As much as fits a header buffer; the specification allows 128 bytes, no PDU header of ours
@@ -394,5 +442,6 @@ pub(crate) fn term_req(pdu_type: u8, error: FatalError, offending: &[u8]) -> TxP
     let mut bytes = [0; MAX_HEADER_LEN];
     bytes[..hlen].copy_from_slice(header.as_bytes());
     bytes[hlen..hlen + echo.len()].copy_from_slice(echo);
-    TxPdu::new(&bytes[..hlen + echo.len()], hlen + echo.len())
+    let len = hlen + echo.len();
+    TxPdu::new(&bytes[..len], len, Digests::default())
 }

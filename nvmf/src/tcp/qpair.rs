@@ -1,5 +1,6 @@
 //! The queue pair machine: what both roles share of receiving, sending and ending.
 
+use super::digest::Trailer;
 use super::error::FatalError;
 use super::framer::{Framed, Framer};
 use super::limits::Limits;
@@ -22,6 +23,8 @@ pub enum Want {
     },
     /// Payload that nobody wants any more: this many bytes to skip.
     Discard(u32),
+    /// The rest of the payload's digest: this many bytes for [`QPair::digest`].
+    DataDigest(usize),
     /// Payload inside a command that is still among the events: take that one first.
     Consumer,
     /// Nothing: the connection is over.
@@ -66,8 +69,8 @@ pub(crate) mod sealed {
         /// A PDU's header arrived; says where its payload goes.
         #[expect(private_interfaces, reason = "the trait is sealed")]
         fn received(&mut self, pdu: Pdu, limits: &Limits) -> Result<Window, FatalError>;
-        /// The payload of that PDU is complete.
-        fn payload_complete(&mut self);
+        /// The payload of that PDU is complete; `intact` unless its digest does not match.
+        fn payload_complete(&mut self, intact: bool);
         /// The command in this slot was not yet taken from the events.
         fn unseen(&self, slot: u16) -> bool;
         /// The next PDU to send.
@@ -95,6 +98,8 @@ pub struct QPair<R> {
     limits: Limits,
     life: Life,
     window: Window,
+    /// Set while a digest is to come behind the payload.
+    trailer: Option<Trailer>,
     pub(crate) role: R,
 }
 
@@ -105,6 +110,7 @@ impl<R: Role> QPair<R> {
             limits,
             life: Life::Live,
             window: Window::EMPTY,
+            trailer: None,
             role,
         }
     }
@@ -120,7 +126,10 @@ impl<R: Role> QPair<R> {
             return Want::Nothing;
         }
         match self.window {
-            Window { len: 0, .. } => Want::Header(self.framer.needed()),
+            Window { len: 0, .. } => match &self.trailer {
+                Some(trailer) => Want::DataDigest(trailer.needed()),
+                None => Want::Header(self.framer.needed()),
+            },
             Window {
                 slot: Some(slot), ..
             } if self.role.unseen(slot) => Want::Consumer,
@@ -141,7 +150,7 @@ impl<R: Role> QPair<R> {
     /// # Errors
     /// The peer broke the protocol: send what [`Self::transmit`] still gives, and close.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<usize, FatalError> {
-        if self.life != Life::Live || self.window.len > 0 {
+        if self.life != Life::Live || self.window.len > 0 || self.trailer.is_some() {
             return Ok(0);
         }
         let step = self.framer.feed(bytes, R::RECEIVER, &self.limits);
@@ -152,11 +161,17 @@ impl<R: Role> QPair<R> {
                     self.life = Life::Terminated(None);
                     None
                 }
-                Framed::Pdu(Pdu::TermReq(term)) => {
+                Framed::Pdu {
+                    pdu: Pdu::TermReq(term),
+                    ..
+                } => {
                     self.life = Life::Terminated(Some(term));
                     None
                 }
-                Framed::Pdu(pdu) => Some(self.role.received(pdu, &self.limits)?),
+                Framed::Pdu { pdu, data_digest } => {
+                    self.trailer = data_digest.then(Trailer::default);
+                    Some(self.role.received(pdu, &self.limits)?)
+                }
             };
             Ok((used, window))
         });
@@ -184,12 +199,36 @@ impl<R: Role> QPair<R> {
         self.finish_window();
     }
 
-    fn finish_window(&mut self) {
-        if self.window.len == 0 {
-            self.role.payload_complete();
-            self.framer.next_header();
-            self.window = Window::EMPTY;
+    /// Takes bytes of the payload's digest; to be called when [`Self::want`] says `DataDigest`.
+    /// `computed` is the CRC32C of all payload of this PDU as it was placed; for payload that was to
+    /// be discarded it may be anything. Returns how many bytes were used. A mismatch is no offence:
+    /// it fails the command.
+    pub fn digest(&mut self, bytes: &[u8], computed: u32) -> usize {
+        if self.life != Life::Live || self.window.len > 0 {
+            return 0;
         }
+        let Some(trailer) = &mut self.trailer else {
+            return 0;
+        };
+        let (used, received) = trailer.feed(bytes);
+        if let Some(received) = received {
+            self.trailer = None;
+            let discarded = self.window.slot.is_none();
+            self.finish_pdu(discarded || received == computed);
+        }
+        used
+    }
+
+    fn finish_window(&mut self) {
+        if self.window.len == 0 && self.trailer.is_none() {
+            self.finish_pdu(true);
+        }
+    }
+
+    fn finish_pdu(&mut self, intact: bool) {
+        self.role.payload_complete(intact);
+        self.framer.next_header();
+        self.window = Window::EMPTY;
     }
 
     /// True when the stream could end here without cutting a PDU.

@@ -7,6 +7,7 @@
 #![expect(unreachable_pub, reason = "modules of a test binary")]
 
 mod admin;
+mod capture;
 mod connect;
 mod io;
 mod rig;

@@ -25,6 +25,8 @@ enum InCapsule {
     Kept(MemSink),
     /// All of it is in memory of ours.
     Arrived(Vec<u8>),
+    /// Its digest did not match: every fetch of it fails.
+    Corrupt,
 }
 
 #[derive(Default)]
@@ -72,18 +74,27 @@ impl TcpController {
     }
 
     /// All of a fetch has arrived: hands the sink over, or keeps unclaimed in-capsule data.
-    fn fetched(&mut self, tag: u16) -> Option<ControllerEvent> {
+    fn fetched(&mut self, tag: u16, intact: bool) -> Option<ControllerEvent> {
         let slot = self.memory.slots.get_mut(usize::from(tag))?;
         if let Some((sink, _)) = slot.sink.take() {
             if is_large(sink.len()) {
                 self.memory.large_expected -= 1;
             }
-            return Some(fetched(tag, sink, Ok(())));
+            let result = if intact {
+                Ok(())
+            } else {
+                Err(Status::DATA_TRANSFER_ERROR)
+            };
+            return Some(fetched(tag, sink, result));
         }
         if let InCapsule::Kept(sink) = std::mem::take(&mut slot.in_capsule) {
             let bytes = sink.into_parts().1.unwrap_or_default();
             let waiting = slot.waiting.take();
-            slot.in_capsule = InCapsule::Arrived(bytes);
+            slot.in_capsule = if intact {
+                InCapsule::Arrived(bytes)
+            } else {
+                InCapsule::Corrupt
+            };
             if let Some((sink, offset)) = waiting {
                 let copied = self.memory.copy_kept(tag, sink, offset);
                 self.stream.count_copied(copied);
@@ -135,14 +146,20 @@ impl Memories {
 
     /// Copies kept in-capsule data into a sink and reports the fetch; returns the bytes copied.
     fn copy_kept(&mut self, tag: u16, mut sink: MemSink, offset: u32) -> usize {
-        let Some(Slot {
-            in_capsule: InCapsule::Arrived(bytes),
-            ..
-        }) = self.slots.get(usize::from(tag))
-        else {
-            self.done
-                .push_back(fetched(tag, sink, Err(Status::INTERNAL_ERROR)));
-            return 0;
+        let bytes = match self
+            .slots
+            .get(usize::from(tag))
+            .map(|slot| &slot.in_capsule)
+        {
+            Some(InCapsule::Arrived(bytes)) => bytes,
+            kept => {
+                let status = match kept {
+                    Some(InCapsule::Corrupt) => Status::DATA_TRANSFER_ERROR,
+                    _ => Status::INTERNAL_ERROR,
+                };
+                self.done.push_back(fetched(tag, sink, Err(status)));
+                return 0;
+            }
         };
         let start = offset as usize;
         let range = bytes.get(start..start.saturating_add(sink.len()));
@@ -165,7 +182,7 @@ impl Memory for Memories {
             return Target::Sink(sink, *base);
         }
         match &mut slot.in_capsule {
-            InCapsule::None | InCapsule::Arrived(_) => Target::Discard,
+            InCapsule::None | InCapsule::Arrived(_) | InCapsule::Corrupt => Target::Discard,
             kept => {
                 if matches!(kept, InCapsule::Offered) {
                     // Not claimed when it could be: keep it until it is fetched.
@@ -272,8 +289,8 @@ impl ControllerQueuePair for TcpController {
                         data_len,
                     }));
                 }
-                Some(tcp::ControllerEvent::Fetched { slot }) => {
-                    if let Some(event) = self.fetched(slot) {
+                Some(tcp::ControllerEvent::Fetched { slot, intact }) => {
+                    if let Some(event) = self.fetched(slot, intact) {
                         return Some(event);
                     }
                 }
@@ -326,7 +343,7 @@ impl ControllerQueuePair for TcpController {
                 slot.sink = Some((sink, 0));
             }
             InCapsule::Offered | InCapsule::Kept(_) => slot.waiting = Some((sink, offset)),
-            InCapsule::Arrived(_) => {
+            InCapsule::Arrived(_) | InCapsule::Corrupt => {
                 let copied = self.memory.copy_kept(tag.0, sink, offset);
                 self.stream.count_copied(copied);
             }

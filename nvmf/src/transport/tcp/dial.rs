@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
-use super::Connection;
+use super::{Connection, Digests};
 use crate::tcp::FatalError;
 use crate::tcp::negotiate::{self, IC_LEN};
 
@@ -37,17 +37,22 @@ pub enum ConnectError {
     TlsDemanded,
 }
 
-/// Connects to a controller and exchanges ICReq and ICResp.
+/// Connects to a controller and exchanges ICReq and ICResp, asking for `digests`. The controller may
+/// grant fewer; [`Connection::negotiated`] says which.
 ///
 /// # Errors
 /// [`ConnectError`]; nothing stays open then.
-pub async fn connect(address: SocketAddr, deadline: Instant) -> Result<Connection, ConnectError> {
+pub async fn connect(
+    address: SocketAddr,
+    digests: Digests,
+    deadline: Instant,
+) -> Result<Connection, ConnectError> {
     within(deadline, async {
         let mut stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
-        stream.write_all(&negotiate::ic_req()).await?;
+        stream.write_all(&negotiate::ic_req(digests)).await?;
         let resp = read_ic(&mut stream).await?;
-        match negotiate::agree(&resp) {
+        match negotiate::agree(&resp, digests) {
             Ok(negotiated) => Ok(Connection {
                 stream: stream.into_std()?,
                 negotiated,
@@ -58,7 +63,7 @@ pub async fn connect(address: SocketAddr, deadline: Instant) -> Result<Connectio
     .await
 }
 
-/// Answers a host that has connected: ICReq and ICResp.
+/// Answers a host that has connected: ICReq and ICResp. It is granted the digests that it asks for.
 ///
 /// # Errors
 /// [`ConnectError`]; the connection is closed then.

@@ -1,6 +1,7 @@
 //! NVMe/TCP over a socket: moves bytes between the socket, the machine and memdescs.
 
 mod controller;
+mod copies;
 mod dial;
 mod host;
 mod stream;
@@ -10,6 +11,7 @@ use std::net::TcpStream;
 
 use super::{ControllerQueuePair, HostQueuePair, Opening, QueueParams, Transport};
 use crate::spec::trtype;
+pub use crate::tcp::Digests;
 use crate::tcp::negotiate::Negotiated;
 pub use dial::{ConnectError, accept, connect};
 

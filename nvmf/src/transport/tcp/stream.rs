@@ -1,5 +1,5 @@
 //! The engine under both roles: receives through a staging buffer with a direct tail, and sends
-//! batches of PDUs with one system call each.
+//! batches of PDUs with one system call each. Data digests are folded here, as payload is placed.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -10,16 +10,17 @@ use std::os::fd::{AsFd, BorrowedFd};
 use memdesc::{MemSink, MemSource};
 
 use super::super::{Counters, Ending, Interest, Ready};
+use super::copies::{Copies, PrivateCopy};
 use super::syscall::{MAX_VECTORS, Storage};
-use crate::tcp::{QPair, Role, TxPayload, TxPdu, Want};
+use crate::tcp::{DIGEST_LEN, Digests, QPair, Role, TxPayload, TxPdu, Want, crc32c};
 
 /// Transfers of at least this many bytes are received straight into their memory, headers read
 /// apart from payload; smaller ones go through the staging buffer.
 const DIRECT_MIN: usize = 16 * 1024;
 /// Staging buffer: what one call receives of headers and small payloads.
 const STAGING_LEN: usize = 64 * 1024;
-/// Header bytes that are asked for behind a direct payload: every PDU that a host receives has
-/// exactly so many, and every PDU that a controller receives at least so many.
+/// Header bytes that are asked for behind a direct payload, digests apart: every PDU that a host
+/// receives has exactly so many, and every PDU that a controller receives at least so many.
 const NEXT_HEADER: usize = 24;
 /// Bytes gathered for one call that sends.
 const SEND_MAX: usize = 2 * 1024 * 1024;
@@ -63,13 +64,24 @@ pub(super) struct Stream<R> {
     staging: Option<Box<[u8; STAGING_LEN]>>,
     start: usize,
     end: usize,
-    batch: VecDeque<TxPdu>,
+    digests: Digests,
+    /// CRC32C of what was received of the current payload, when data digests are on.
+    received_crc: u32,
+    batch: VecDeque<Queued>,
     /// Bytes of the first PDU of the batch that are gone.
     front_sent: usize,
+    copies: Copies,
     storage: Storage,
     blocked: bool,
     ending: Option<Ending>,
     counters: Counters,
+}
+
+/// A PDU that waits to be sent.
+struct Queued {
+    pdu: TxPdu,
+    /// Its payload and digest, with data digests; otherwise the payload stays where it is.
+    copy: Option<PrivateCopy>,
 }
 
 enum Pump {
@@ -81,14 +93,18 @@ enum Pump {
 
 impl<R: Role> Stream<R> {
     pub(super) fn new(socket: TcpStream, machine: QPair<R>) -> Self {
+        let digests = machine.limits().digests;
         Self {
             socket,
             machine,
+            digests,
+            received_crc: 0,
             staging: None,
             start: 0,
             end: 0,
             batch: VecDeque::with_capacity(64),
             front_sent: 0,
+            copies: Copies::default(),
             storage: Storage::default(),
             blocked: false,
             ending: None,
@@ -127,6 +143,7 @@ impl<R: Role> Stream<R> {
             self.ending = Some(cause);
             self.machine.silence();
             self.batch.clear();
+            self.copies.clear();
             self.release_staging(true);
             // The peer learns at once; an error means that it knows already.
             let _ = self.socket.shutdown(Shutdown::Both);
@@ -165,12 +182,16 @@ impl<R: Role> Stream<R> {
                 Want::Header(_) => match self.machine.feed(bytes) {
                     Ok(used) => {
                         self.start += used;
+                        self.received_crc = 0;
                         self.check_terminated();
                     }
                     Err(error) => return self.fault(memory, error.to_string()),
                 },
                 Want::Payload { slot, offset, len } => {
                     let take = bytes.len().min(len as usize);
+                    if self.digests.data {
+                        self.received_crc = crc32c(self.received_crc, &bytes[..take]);
+                    }
                     match memory.sink(slot) {
                         Target::Discard => {}
                         Target::Sink(sink, base) => {
@@ -188,6 +209,9 @@ impl<R: Role> Stream<R> {
                     let take = bytes.len().min(len as usize);
                     self.start += take;
                     self.machine.payload_moved(take as u32);
+                }
+                Want::DataDigest(_) => {
+                    self.start += self.machine.digest(bytes, self.received_crc);
                 }
                 Want::Consumer => return Pump::Paused,
                 Want::Nothing => self.start = self.end,
@@ -246,10 +270,15 @@ impl<R: Role> Stream<R> {
                 Target::Discard => {}
             }
         }
+        let digest_len = |on: bool| if on { DIGEST_LEN } else { 0 };
+        let next_header = NEXT_HEADER + digest_len(self.digests.header);
         let staged_max = match want {
             _ if !tail => 0,
-            Want::Header(needed) if large => needed.clamp(NEXT_HEADER, STAGING_LEN),
-            Want::Payload { .. } if large && direct > 0 => NEXT_HEADER,
+            Want::Header(needed) if large => needed.clamp(next_header, STAGING_LEN),
+            Want::Payload { .. } if large && direct > 0 => {
+                digest_len(self.digests.data) + next_header
+            }
+            Want::DataDigest(needed) if large => needed + next_header,
             _ => STAGING_LEN,
         };
         if staged_max > 0 {
@@ -266,6 +295,7 @@ impl<R: Role> Stream<R> {
                 ready.readable = received == asked;
                 let placed = received.min(direct);
                 if placed > 0 {
+                    self.digest_placed(memory, want, placed);
                     self.machine.payload_moved(placed as u32);
                 }
                 (self.start, self.end) = (0, received - placed);
@@ -277,6 +307,22 @@ impl<R: Role> Stream<R> {
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => self.end(Ending::Lost(error.to_string())),
+        }
+    }
+
+    /// Folds what the kernel has just written to a sink, which is still in the caches.
+    fn digest_placed(&mut self, memory: &mut impl Memory, want: Want, placed: usize) {
+        if !self.digests.data {
+            return;
+        }
+        if let Want::Payload { slot, offset, .. } = want
+            && let Target::Sink(sink, base) = memory.sink(slot)
+        {
+            let at = offset.saturating_sub(base) as usize;
+            let crc = sink.crc32c(at..at + placed, self.received_crc);
+            // The machine checked the range against the command's length.
+            debug_assert!(crc.is_ok());
+            self.received_crc = crc.unwrap_or(!self.received_crc);
         }
     }
 
@@ -320,7 +366,7 @@ impl<R: Role> Stream<R> {
         }
         self.blocked = false;
         for _ in 0..CALLS_PER_TURN {
-            if self.ending.is_some() || !self.fill() {
+            if self.ending.is_some() || !self.fill(memory) {
                 return false;
             }
             match self.send(memory) {
@@ -337,34 +383,57 @@ impl<R: Role> Stream<R> {
                 }
             }
         }
-        self.fill()
+        self.fill(memory)
     }
 
     /// Takes PDUs from the machine up to what one call sends; false when there is nothing to send.
-    fn fill(&mut self) -> bool {
-        let mut bytes: usize = self.batch.iter().map(pdu_len).sum();
+    fn fill(&mut self, memory: &impl Memory) -> bool {
+        let mut bytes: usize = self.batch.iter().map(|queued| queued.pdu.wire_len()).sum();
         while bytes < SEND_MAX && self.batch.len() < MAX_VECTORS / 2 {
             let Some(pdu) = self.machine.transmit() else {
                 break;
             };
-            bytes += pdu_len(&pdu);
-            self.batch.push_back(pdu);
+            bytes += pdu.wire_len();
+            let copy = match pdu.payload {
+                Some(payload) if pdu.data_digest => {
+                    let Some(copy) = self.copy(memory, payload) else {
+                        self.end(Ending::Lost("data to be sent is not there".to_owned()));
+                        return false;
+                    };
+                    Some(copy)
+                }
+                _ => None,
+            };
+            self.batch.push_back(Queued { pdu, copy });
         }
         !self.batch.is_empty()
+    }
+
+    /// Copies payload that a digest is sent with.
+    fn copy(&mut self, memory: &impl Memory, payload: TxPayload) -> Option<PrivateCopy> {
+        let TxPayload { slot, offset, len } = payload;
+        let (source, base) = memory.source(slot)?;
+        let at = offset.saturating_sub(base) as usize;
+        let copy = self.copies.copy(source, at, len as usize).ok()?;
+        self.counters.copied_bytes += u64::from(len);
+        Some(copy)
     }
 
     /// One call. True when the kernel took all that was gathered.
     fn send(&mut self, memory: &mut impl Memory) -> io::Result<bool> {
         let mut gather = self.storage.gather();
         let mut skip = self.front_sent;
-        for pdu in &self.batch {
+        for Queued { pdu, copy } in &self.batch {
             if gather.room() < 2 {
                 break;
             }
             let header = pdu.header();
             gather.bytes(&header[skip.min(header.len())..]);
             skip = skip.saturating_sub(header.len());
-            if let Some(payload) = pdu.payload {
+            if let Some(copy) = copy {
+                let bytes = self.copies.bytes(*copy);
+                gather.bytes(&bytes[skip.min(bytes.len())..]);
+            } else if let Some(payload) = pdu.payload {
                 let Some((source, base)) = memory.source(payload.slot) else {
                     break;
                 };
@@ -386,14 +455,17 @@ impl<R: Role> Stream<R> {
         };
         let all = sent == gathered;
         while let Some(front) = self.batch.front() {
-            let left = pdu_len(front) - self.front_sent;
+            let left = front.pdu.wire_len() - self.front_sent;
             if sent < left {
                 self.front_sent += sent;
                 break;
             }
             sent -= left;
             self.front_sent = 0;
-            if let Some(payload) = front.payload {
+            if let Some(copy) = front.copy {
+                self.copies.release(copy);
+            }
+            if let Some(payload) = front.pdu.payload {
                 self.machine.transmitted(payload);
                 memory.sent(payload);
             }
@@ -401,10 +473,6 @@ impl<R: Role> Stream<R> {
         }
         Ok(all)
     }
-}
-
-fn pdu_len(pdu: &TxPdu) -> usize {
-    pdu.header().len() + pdu.payload.map_or(0, |payload| payload.len as usize)
 }
 
 impl<R> Drop for Stream<R> {

@@ -4,10 +4,14 @@
 
 use nvmf::spec::sqe::{PSDT_SGL, sgl_type};
 use nvmf::spec::{Cqe, Sqe, Status};
-use nvmf::tcp::{
-    Controller, ControllerEvent, Direction, FatalError, Host, Limits, QPair, Role, TxPayload, Want,
-};
+use nvmf::tcp::{Controller, ControllerEvent, Digests, Direction, Host, Limits, QPair, Role, Want};
 use zerocopy::IntoBytes;
+
+mod digest;
+mod stepping;
+mod wire;
+
+use stepping::{feed, pattern, sent};
 
 const QUEUE_SIZE: u32 = 8;
 
@@ -18,6 +22,7 @@ fn limits() -> Limits {
         max_h2c_data: 4096,
         max_r2t: 2,
         in_capsule_limit: 1024,
+        digests: Digests::default(),
         admin: false,
     }
 }
@@ -30,70 +35,26 @@ fn controller() -> QPair<Controller> {
     QPair::controller(QUEUE_SIZE, false, limits())
 }
 
-/// What a machine sends, payload taken from `data(slot)`.
-fn sent<R: Role>(machine: &mut QPair<R>, data: impl Fn(u16) -> Vec<u8>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    while let Some(pdu) = machine.transmit() {
-        bytes.extend_from_slice(pdu.header());
-        if let Some(payload) = pdu.payload {
-            let TxPayload { slot, offset, len } = payload;
-            bytes.extend_from_slice(&data(slot)[offset as usize..(offset + len) as usize]);
-            machine.transmitted(payload);
-        }
-    }
-    bytes
-}
-
-/// Feeds a stream cut into `chunk` bytes; payload goes to `place(slot, offset, bytes)`.
-fn feed<R: Role>(
-    machine: &mut QPair<R>,
-    stream: &[u8],
-    chunk: usize,
-    mut seen: impl FnMut(&mut QPair<R>),
-    mut place: impl FnMut(u16, u32, &[u8]),
-) -> Result<(), FatalError> {
-    for mut bytes in stream.chunks(chunk) {
-        while !bytes.is_empty() {
-            match machine.want() {
-                Want::Header(_) => {
-                    let used = machine.feed(bytes)?;
-                    bytes = &bytes[used..];
-                }
-                Want::Payload { slot, offset, len } => {
-                    let take = bytes.len().min(len as usize);
-                    place(slot, offset, &bytes[..take]);
-                    machine.payload_moved(take as u32);
-                    bytes = &bytes[take..];
-                }
-                Want::Discard(len) => {
-                    let take = bytes.len().min(len as usize);
-                    machine.payload_moved(take as u32);
-                    bytes = &bytes[take..];
-                }
-                Want::Consumer => seen(machine),
-                Want::Nothing => return Ok(()),
-            }
-        }
-    }
-    Ok(())
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|i| (i * 31 + i / 256) as u8).collect()
-}
-
-/// Writes and reads of several sizes, every stream cut at every chunk size.
+/// Writes and reads of several sizes, every stream cut at every chunk size, with and without
+/// digests.
 #[test]
 fn a_stream_may_be_cut_anywhere() {
     for chunk in (1..200).chain([1000, 5000]) {
         for len in [1usize, 512, 1024, 1025, 9000] {
-            write_then_read(chunk, len);
+            for (header, data) in [(false, false), (true, false), (false, true), (true, true)] {
+                write_then_read(chunk, len, Digests { header, data });
+            }
         }
     }
 }
 
-fn write_then_read(chunk: usize, len: usize) {
-    let (mut host, mut controller) = (host(), controller());
+fn write_then_read(chunk: usize, len: usize, digests: Digests) {
+    let limits = Limits {
+        digests,
+        ..limits()
+    };
+    let mut host = QPair::host(QUEUE_SIZE, limits);
+    let mut controller = QPair::controller(QUEUE_SIZE, false, limits);
     let data = pattern(len);
     let mut stored = vec![0; len];
     let mut store = |_, offset: u32, bytes: &[u8]| {
@@ -129,7 +90,11 @@ fn write_then_read(chunk: usize, len: usize) {
         let stream = sent(&mut host, |_| data.clone());
         feed(&mut controller, &stream, chunk, |_| (), &mut store).unwrap();
     }
-    assert_eq!(controller.event(), Some(ControllerEvent::Fetched { slot }));
+    let intact = true;
+    assert_eq!(
+        controller.event(),
+        Some(ControllerEvent::Fetched { slot, intact })
+    );
     assert!(stored == data);
     controller.respond(slot, Cqe::default());
     let response = sent(&mut controller, |_| Vec::new());
