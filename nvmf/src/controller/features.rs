@@ -15,10 +15,27 @@ const SAVE: u32 = 1 << 31;
 /// Feature Identifier Not Saveable.
 const NOT_SAVEABLE: Status = Status::new(1, 0x0d);
 
+/// Temperature Threshold: the sensor, and whether the threshold is the lower one.
+const TEMPERATURE_SELECT: u32 = 0x3f << 16;
+/// Temperature Threshold: the composite temperature's upper and lower threshold.
+const TEMPERATURE_UPPER: u32 = 0;
+const TEMPERATURE_LOWER: u32 = 1 << 20;
+/// Temperature Threshold, in kelvins: a composite temperature never gets there.
+const NEVER_TOO_WARM: u32 = 0xffff;
+
 /// Feature values of one association. Number of Queues is the association's own.
-#[derive(Debug, Default)]
+///
+/// Every controller has arbitration, power management, temperature threshold, error recovery and
+/// write atomicity. Here nothing follows from them: they are kept, and told again.
+#[derive(Debug)]
 pub(super) struct Features {
     async_events: u32,
+    arbitration: u32,
+    /// Upper and lower, in kelvins.
+    temperature: [u32; 2],
+    /// Time Limited Error Recovery, in units of 100 ms.
+    error_recovery: u32,
+    write_atomicity: u32,
     /// In milliseconds as the host gave it; 0 = none.
     kato: u32,
 }
@@ -40,6 +57,10 @@ impl Features {
     pub(super) fn new(kato: u32) -> Self {
         Self {
             async_events: 0,
+            arbitration: 0,
+            temperature: [NEVER_TOO_WARM, 0],
+            error_recovery: 0,
+            write_atomicity: 0,
             kato,
         }
     }
@@ -51,7 +72,7 @@ impl Features {
 
     /// What lasts no longer than a controller is enabled.
     pub(super) fn reset(&mut self) {
-        self.async_events = 0;
+        *self = Self::new(self.kato);
     }
 
     /// Set Features; returns dword 0 of the completion.
@@ -80,6 +101,27 @@ impl Features {
             }
             fid::KEEP_ALIVE_TIMER => {
                 self.kato = value;
+                Ok(0)
+            }
+            fid::ARBITRATION => {
+                self.arbitration = value;
+                Ok(0)
+            }
+            // There is one power state.
+            fid::POWER_MANAGEMENT if value & 0x1f != 0 => refuse(Status::INVALID_FIELD),
+            fid::POWER_MANAGEMENT => Ok(0),
+            fid::TEMPERATURE_THRESHOLD => {
+                self.temperature[threshold(value)?] = value & 0xffff;
+                Ok(0)
+            }
+            // Errors for deallocated blocks are not supported.
+            fid::ERROR_RECOVERY if value >> 16 != 0 => refuse(Status::INVALID_FIELD),
+            fid::ERROR_RECOVERY => {
+                self.error_recovery = value;
+                Ok(0)
+            }
+            fid::WRITE_ATOMICITY => {
+                self.write_atomicity = value & 1;
                 Ok(0)
             }
             // There is no way to write around the operating system's cache for good.
@@ -111,6 +153,14 @@ impl Features {
                 None => refuse(Status::SEQUENCE_ERROR),
             },
             fid::ASYNC_EVENT_CONFIG => Ok(Value::Dword(self.async_events)),
+            fid::ARBITRATION => Ok(Value::Dword(self.arbitration)),
+            fid::POWER_MANAGEMENT => Ok(Value::Dword(0)),
+            fid::TEMPERATURE_THRESHOLD => {
+                let which = threshold(sqe.cdw11.get())?;
+                Ok(Value::Dword(self.temperature[which]))
+            }
+            fid::ERROR_RECOVERY => Ok(Value::Dword(self.error_recovery)),
+            fid::WRITE_ATOMICITY => Ok(Value::Dword(self.write_atomicity)),
             fid::KEEP_ALIVE_TIMER => Ok(Value::Dword(self.kato)),
             fid::VOLATILE_WRITE_CACHE => Ok(Value::Dword(write_cache(subsystem))),
             fid::HOST_ID if data_len as usize != host_id.len() => {
@@ -119,6 +169,15 @@ impl Features {
             fid::HOST_ID => Ok(Value::Data(host_id.to_vec())),
             _ => refuse(Status::INVALID_FIELD),
         }
+    }
+}
+
+/// Which of the temperature thresholds dword 11 names.
+fn threshold(value: u32) -> Result<usize, Status> {
+    match value & TEMPERATURE_SELECT {
+        TEMPERATURE_UPPER => Ok(0),
+        TEMPERATURE_LOWER => Ok(1),
+        _ => refuse(Status::INVALID_FIELD),
     }
 }
 

@@ -120,7 +120,7 @@ fn controller(subsystem: &Subsystem, cntlid: u16, limits: &Limits) -> IdentifyCo
     id.maxcmd = u16::try_from(limits.queue_size).unwrap_or(u16::MAX).into();
     id.nn = MAX_NSID.into();
     id.mnan = MAX_NSID.into();
-    id.oncs = (oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES).into();
+    id.oncs = (oncs::COMPARE | oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES).into();
     // Bits 2:1 = 10b: a flush names its namespace.
     id.vwc = u8::from(subsystem.has_volatile_cache()) | 2 << 1;
     id.sgls = SGLS.into();

@@ -22,6 +22,11 @@ pub(super) enum Action {
         len: u32,
         fua: bool,
     },
+    /// Compare what is stored with the data.
+    Compare {
+        offset: u64,
+        len: u32,
+    },
     Flush,
     WriteZeroes {
         offset: u64,
@@ -65,7 +70,7 @@ pub(super) fn plan(
         return self::fabrics(sqe);
     }
     let writes = match sqe.opcode {
-        nvm::READ | nvm::FLUSH => false,
+        nvm::READ | nvm::COMPARE | nvm::FLUSH => false,
         nvm::WRITE | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT => true,
         _ => return refuse(Status::INVALID_OPCODE),
     };
@@ -88,6 +93,10 @@ pub(super) fn plan(
             let (offset, len) = transfer(sqe, data_len, &geometry, limits)?;
             let fua = sqe.fua();
             Action::Write { offset, len, fua }
+        }
+        nvm::COMPARE => {
+            let (offset, len) = transfer(sqe, data_len, &geometry, limits)?;
+            Action::Compare { offset, len }
         }
         nvm::WRITE_ZEROES => {
             no_data(data_len)?;
@@ -210,6 +219,15 @@ mod tests {
             fua: true,
         };
         assert_eq!(check(Sqe::write(3, 8, 2, true), 8192), Ok(write));
+        let compare = Action::Compare {
+            offset: 8 * 512,
+            len: 4096,
+        };
+        let sqe = Sqe {
+            opcode: nvm::COMPARE,
+            ..Sqe::read(2, 8, 8)
+        };
+        assert_eq!(check(sqe, 4096), Ok(compare), "of a read-only one too");
     }
 
     #[test]
@@ -291,13 +309,7 @@ mod tests {
 
     #[test]
     fn unknown_opcodes_fused_commands_and_other_fabrics_commands_are_refused() {
-        for opcode in [
-            nvm::COMPARE,
-            nvm::VERIFY,
-            nvm::WRITE_UNCORRECTABLE,
-            0x80,
-            0xff,
-        ] {
+        for opcode in [nvm::VERIFY, nvm::WRITE_UNCORRECTABLE, 0x80, 0xff] {
             assert_eq!(
                 check(Sqe::new(opcode, 1), 0),
                 refused(Status::INVALID_OPCODE)

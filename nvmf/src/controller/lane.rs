@@ -6,6 +6,7 @@
 //! ```text
 //! Read:  [wait for a buffer] → [backend] → send → respond
 //! Write: [wait for a buffer] → fetch → [backend] → respond
+//! Compare: wait for two buffers → fetch → backend → compare → respond
 //! Deallocate: wait for a buffer → fetch ranges → check all → backend, one range after another → respond
 //! Flush, Write Zeroes: backend → respond
 //! ```
@@ -22,6 +23,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::association::Membership;
 use super::buffers::Buffers;
+use super::compare::Compare;
 use super::io::{self, Action, Plan, RANGE_LEN};
 use super::ranges::Ranges;
 use super::subsystem::Subsystem;
@@ -42,6 +44,8 @@ struct Slot {
     plan: Plan,
     /// What is still to be deallocated.
     ranges: Option<Ranges>,
+    /// The memory of a Compare.
+    compare: Option<Compare>,
 }
 
 /// See the module. Made by [`super::Port`] for each I/O queue whose Connect was accepted.
@@ -144,9 +148,16 @@ impl TargetLane {
             // A transport may have more slots than the queue has entries; never more than 65536.
             self.slots.resize_with(index + 1, || None);
         }
-        self.slots[index] = Some(Slot { plan, ranges: None });
+        self.slots[index] = Some(Slot {
+            plan,
+            ranges: None,
+            compare: None,
+        });
         match plan.action {
-            Action::Read { .. } | Action::Write { .. } | Action::Deallocate { .. } => {
+            Action::Read { .. }
+            | Action::Write { .. }
+            | Action::Compare { .. }
+            | Action::Deallocate { .. } => {
                 let started =
                     self.in_place(tag, plan) || (self.waiting.is_empty() && self.staged(tag, plan));
                 if !started {
@@ -213,6 +224,7 @@ impl TargetLane {
         let len = match plan.action {
             Action::Read { len, .. } | Action::Write { len, .. } => len as usize,
             Action::Deallocate { ranges } => usize::from(ranges) * RANGE_LEN,
+            Action::Compare { len, .. } => return self.staged_compare(tag, len as usize),
             _ => return true,
         };
         let Some(sink) = self.buffers.sink(len) else {
@@ -224,6 +236,18 @@ impl TargetLane {
             }
             _ => self.fetch(tag, sink),
         }
+        true
+    }
+
+    /// Begins a Compare, which takes two buffers. False when they are not there now.
+    fn staged_compare(&mut self, tag: CommandTag, len: usize) -> bool {
+        let Some((compare, sink)) = Compare::new(len, &mut self.buffers) else {
+            return false;
+        };
+        if let Some(Some(slot)) = self.slots.get_mut(usize::from(tag.0)) {
+            slot.compare = Some(compare);
+        }
+        self.fetch(tag, sink);
         true
     }
 
@@ -263,8 +287,17 @@ impl TargetLane {
     }
 
     fn respond(&mut self, tag: CommandTag, result: Result<(), Status>) {
-        if let Some(slot) = self.slots.get_mut(usize::from(tag.0)) {
-            *slot = None;
+        let slot = self.slots.get_mut(usize::from(tag.0));
+        if let Some(Slot {
+            ranges, compare, ..
+        }) = slot.and_then(Option::take)
+        {
+            if let Some(ranges) = ranges {
+                self.buffers.give_back_source(ranges.into_source());
+            }
+            if let Some(compare) = compare {
+                compare.end(&mut self.buffers);
+            }
         }
         let status = result.err().unwrap_or(Status::SUCCESS);
         self.pair.respond(tag, Cqe::new(0, status));
@@ -307,7 +340,15 @@ impl TargetLane {
                 if all_inside {
                     self.next_range(tag);
                 } else {
-                    self.finish_ranges(tag, Err(Status::LBA_OUT_OF_RANGE.do_not_retry()));
+                    self.respond(tag, Err(Status::LBA_OUT_OF_RANGE.do_not_retry()));
+                }
+            }
+            Action::Compare { offset, .. } => {
+                let compare = slot.compare.as_mut();
+                let room = compare.and_then(|compare| compare.keep(sink.into_source()));
+                match room {
+                    Some(sink) => self.submit(tag, namespace, BackendOp::Read { offset, sink }),
+                    None => self.respond(tag, Err(Status::INTERNAL_ERROR)),
                 }
             }
             _ => {
@@ -329,19 +370,21 @@ impl TargetLane {
             Some((offset, len)) => {
                 self.submit(tag, namespace, BackendOp::Deallocate { offset, len });
             }
-            None => self.finish_ranges(tag, Ok(())),
+            None => self.respond(tag, Ok(())),
         }
     }
 
-    fn finish_ranges(&mut self, tag: CommandTag, result: Result<(), Status>) {
-        let slot = self.slots.get_mut(usize::from(tag.0));
-        let ranges = slot
-            .and_then(Option::as_mut)
-            .and_then(|slot| slot.ranges.take());
-        if let Some(ranges) = ranges {
-            self.buffers.give_back_source(ranges.into_source());
-        }
-        self.respond(tag, result);
+    /// Compares what the backend read with what the host sent.
+    fn compare(&mut self, tag: CommandTag, stored: MemSink) {
+        let stored = stored.into_source();
+        let slot = self.slots.get(usize::from(tag.0)).and_then(Option::as_ref);
+        let compare = slot.and_then(|slot| slot.compare.as_ref());
+        let verdict = match compare {
+            Some(compare) => compare.verdict(&stored),
+            None => Err(Status::INTERNAL_ERROR),
+        };
+        self.buffers.give_back_source(stored);
+        self.respond(tag, verdict);
     }
 
     /// Takes everything that the backends have done, and starts what that makes possible.
@@ -360,8 +403,8 @@ impl TargetLane {
                     self.send(tag, sink.into_source());
                 }
                 (Some(Action::Deallocate { .. }), _, Ok(())) => self.next_range(tag),
-                (Some(Action::Deallocate { .. }), _, Err(status)) => {
-                    self.finish_ranges(tag, Err(status));
+                (Some(Action::Compare { .. }), Transfer::In(stored), Ok(())) => {
+                    self.compare(tag, stored);
                 }
                 (_, transfer, result) => {
                     self.buffers.give_back(transfer);

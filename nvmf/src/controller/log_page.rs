@@ -1,4 +1,4 @@
-//! What Get Log Page answers: error information, health, firmware slots, commands and effects.
+//! What Get Log Page answers: the supported pages, errors, health, firmware slots, commands and effects.
 
 use super::Limits;
 use super::identify::firmware;
@@ -8,6 +8,7 @@ use crate::spec::{Sqe, Status};
 
 /// Log page identifiers that are supported.
 pub(super) mod lid {
+    pub(in super::super) const SUPPORTED: u8 = 0x00;
     pub(in super::super) const ERROR: u8 = 0x01;
     pub(in super::super) const HEALTH: u8 = 0x02;
     pub(in super::super) const FIRMWARE: u8 = 0x03;
@@ -55,6 +56,7 @@ pub(super) fn get(
         return invalid;
     }
     let page = match request.lid {
+        lid::SUPPORTED => supported(),
         // No error is ever recorded, so every entry, at any offset, is an empty one.
         lid::ERROR => return Ok(vec![0; request.len as usize]),
         lid::HEALTH => health(subsystem, hours),
@@ -69,6 +71,24 @@ pub(super) fn get(
     part.drain(..request.offset as usize);
     part.resize(request.len as usize, 0);
     Ok(part)
+}
+
+/// Supported Log Pages (Base 2.0): a dword for each identifier.
+fn supported() -> Vec<u8> {
+    /// The page exists. Offsets are in bytes, so there is no index offset.
+    const SUPPORTED: u32 = 1;
+    let mut page = vec![0; 1024];
+    for lid in [
+        lid::SUPPORTED,
+        lid::ERROR,
+        lid::HEALTH,
+        lid::FIRMWARE,
+        lid::EFFECTS,
+    ] {
+        let at = usize::from(lid) * 4;
+        page[at..at + 4].copy_from_slice(&SUPPORTED.to_le_bytes());
+    }
+    page
 }
 
 /// SMART / Health Information: what was counted by the backends since the process started.
@@ -129,7 +149,7 @@ fn effects() -> Vec<u8> {
     ] {
         set(0, opcode, SUPPORTED);
     }
-    for opcode in [nvm::FLUSH, nvm::READ] {
+    for opcode in [nvm::FLUSH, nvm::READ, nvm::COMPARE] {
         set(IO, opcode, SUPPORTED);
     }
     for opcode in [nvm::WRITE, nvm::WRITE_ZEROES, nvm::DATASET_MANAGEMENT] {

@@ -16,6 +16,7 @@
 mod admin;
 mod association;
 mod buffers;
+mod compare;
 mod connection;
 mod fabrics;
 mod features;
@@ -66,7 +67,7 @@ pub struct Limits {
     pub handshake: Duration,
     /// Time that an association may stay disabled, from Connect, reset or shutdown on.
     pub disabled: Duration,
-    /// Staging memory of one lane in bytes, at least `max_transfer`.
+    /// Staging memory of one lane in bytes, at least twice `max_transfer`: a Compare takes that.
     pub lane_buffers: usize,
     /// How file backends reach the kernel.
     pub engine: Engine,
@@ -183,7 +184,7 @@ fn check(limits: &Limits) -> Result<(), TargetError> {
             "in_capsule",
         ),
         (limits.async_events > 0, "async_events"),
-        (limits.lane_buffers >= transfer as usize, "lane_buffers"),
+        (limits.lane_buffers / 2 >= transfer as usize, "lane_buffers"),
     ];
     match checks.iter().find(|(good, _)| !good) {
         Some((_, name)) => Err(TargetError::Limit(name)),

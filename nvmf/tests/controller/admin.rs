@@ -74,7 +74,7 @@ async fn identify_controller_says_what_is_true() {
     assert_eq!(id.maxcmd.get(), 256);
     assert_eq!(id.aerl, 3);
     assert_eq!(id.oacs.get(), 0);
-    let written = oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES;
+    let written = oncs::COMPARE | oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES;
     assert_eq!(id.oncs.get(), written);
     assert_eq!(id.vwc & 1, 0, "memory has no volatile cache in front of it");
     assert_eq!(id.kas.get(), 10);
@@ -220,6 +220,11 @@ async fn the_other_features_are_kept_or_refused() {
     for (fid, value) in [
         (fid::ASYNC_EVENT_CONFIG, 0x0000_0100),
         (fid::KEEP_ALIVE_TIMER, 60_000),
+        (fid::ARBITRATION, 0x0203_0407),
+        (fid::POWER_MANAGEMENT, 0),
+        (fid::TEMPERATURE_THRESHOLD, 0x0157),
+        (fid::ERROR_RECOVERY, 70),
+        (fid::WRITE_ATOMICITY, 1),
     ] {
         let cqe = queue.command(Sqe::set_features(fid, value)).await;
         assert_eq!(cqe.status(), Status::SUCCESS);
@@ -238,9 +243,11 @@ async fn the_other_features_are_kept_or_refused() {
     let (cqe, id) = queue.receive(get(fid::HOST_ID), 16).await;
     assert_eq!((cqe.status(), id), (Status::SUCCESS, HOSTID.to_vec()));
     for sqe in [
-        Sqe::set_features(fid::ARBITRATION, 0),
         Sqe::set_features(fid::HOST_ID, 0),
-        get(fid::TEMPERATURE_THRESHOLD),
+        Sqe::set_features(fid::POWER_MANAGEMENT, 1),
+        Sqe::set_features(fid::TEMPERATURE_THRESHOLD, 1 << 16),
+        Sqe::set_features(fid::ERROR_RECOVERY, 1 << 16),
+        get(fid::HOST_BEHAVIOR),
     ] {
         let status = queue.command(sqe).await.status();
         assert_eq!(status, refused(Status::INVALID_FIELD));
@@ -249,6 +256,40 @@ async fn the_other_features_are_kept_or_refused() {
     saved.cdw10 = (saved.cdw10.get() | 1 << 31).into();
     let status = queue.command(saved).await.status();
     assert_eq!(status, refused(Status::new(1, 0x0d)), "not saveable");
+}
+
+#[tokio::test]
+async fn a_reset_forgets_what_was_set_and_keeps_the_keep_alive_time() {
+    let rig = Rig::start().await;
+    let (mut queue, _) = rig.connect_with(60_000).await;
+    queue.enable().await;
+    let get = |fid, value| Sqe {
+        opcode: admin::GET_FEATURES,
+        ..Sqe::set_features(fid, value)
+    };
+    let lower = 1 << 20;
+    for (fid, value) in [
+        (fid::ARBITRATION, 7),
+        (fid::TEMPERATURE_THRESHOLD, 300),
+        (fid::TEMPERATURE_THRESHOLD, lower | 273),
+    ] {
+        let cqe = queue.command(Sqe::set_features(fid, value)).await;
+        assert_eq!(cqe.status(), Status::SUCCESS);
+    }
+    let low = queue.command(get(fid::TEMPERATURE_THRESHOLD, lower)).await;
+    assert_eq!(low.dw0(), 273);
+    queue.set_cc(Cc::enable(0).0 & !Cc::EN).await;
+    queue.until(|csts| !csts.rdy()).await;
+    queue.enable().await;
+    for (fid, which, value) in [
+        (fid::ARBITRATION, 0, 0),
+        (fid::TEMPERATURE_THRESHOLD, 0, 0xffff),
+        (fid::TEMPERATURE_THRESHOLD, lower, 0),
+        (fid::KEEP_ALIVE_TIMER, 0, 60_000),
+    ] {
+        let cqe = queue.command(get(fid, which)).await;
+        assert_eq!((cqe.status(), cqe.dw0()), (Status::SUCCESS, value));
+    }
 }
 
 fn get_log(lid: u8, offset: u64, len: u32) -> Sqe {
@@ -302,7 +343,6 @@ async fn a_log_page_is_refused_where_it_does_not_exist_before_anything_is_alloca
         ("16 GiB", get_log(2, 0, u32::MAX - 3), 4096),
         ("changed namespaces", get_log(4, 0, 4096), 4096),
         ("discovery", get_log(0x70, 0, 1024), 1024),
-        ("supported pages", get_log(0, 0, 1024), 1024),
     ] {
         let (cqe, _) = queue.receive(sqe, len).await;
         assert_eq!(cqe.status(), invalid, "{what}");
@@ -330,7 +370,17 @@ async fn the_log_pages_that_exist_have_their_shape() {
     let entry = |at: usize| effects[at];
     assert_eq!(entry(usize::from(admin::IDENTIFY) * 4), 1);
     assert_eq!(entry(1024 + 4), 3, "a write changes blocks");
-    assert_eq!(entry(1024 + 5 * 4), 0, "there is no Compare");
+    assert_eq!(entry(1024 + 5 * 4), 1, "a Compare does not");
+    assert_eq!(entry(1024 + 4 * 4), 0, "there is no Write Uncorrectable");
+    let (cqe, pages) = queue.receive(get_log(0, 0, 1024), 1024).await;
+    assert_eq!(cqe.status(), Status::SUCCESS);
+    for lid in 0..=255 {
+        let (cqe, _) = queue.receive(get_log(lid, 0, 512), 512).await;
+        let exists = cqe.status() == Status::SUCCESS;
+        let at = usize::from(lid) * 4;
+        let said = [u8::from(exists), 0, 0, 0];
+        assert_eq!(pages[at..at + 4], said, "page {lid:#x}");
+    }
 }
 
 #[tokio::test]

@@ -134,6 +134,7 @@ async fn many_commands_at_once_end_with_their_own_data() {
     for lane_buffers in [8 << 20, 1 << 20] {
         let limits = Limits {
             lane_buffers,
+            max_transfer: 512 << 10,
             ..Limits::default()
         };
         let Bench {
@@ -222,6 +223,91 @@ async fn flush_and_forced_writes_reach_the_backend_as_such() {
             (counts.writes, counts.fua_writes, counts.flushes),
             (2, 1, 1)
         );
+    }
+}
+
+fn compare(nsid: u32, lba: u64, count: u32) -> Sqe {
+    Sqe {
+        opcode: nvm::COMPARE,
+        ..Sqe::read(nsid, lba, count)
+    }
+}
+
+#[tokio::test]
+async fn compare_says_whether_the_blocks_hold_the_hosts_data() {
+    for engine in [Engine::Auto, Engine::Threads] {
+        let limits = Limits {
+            engine,
+            ..Limits::default()
+        };
+        let Bench {
+            rig: _rig,
+            mut queue,
+            admin: _admin,
+            images: _images,
+            ..
+        } = bench(limits).await;
+        for nsid in 1..=4 {
+            let block = block_size(nsid) as usize;
+            for len in [block, 8192 + block, 1 << 20] {
+                let count = (len / block) as u32;
+                let mut data = pattern(len as u64, len);
+                write(&mut queue, nsid, 5, &data).await;
+                let same = queue.send(compare(nsid, 5, count), &data).await;
+                assert_eq!(same.status(), Status::SUCCESS, "namespace {nsid}, {len}");
+                for at in [0, len / 2, len - 1] {
+                    data[at] ^= 1;
+                    let other = queue.send(compare(nsid, 5, count), &data).await;
+                    let failure = refused(Status::COMPARE_FAILURE);
+                    assert_eq!(other.status(), failure, "byte {at} of {len}");
+                    data[at] ^= 1;
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn compares_wait_for_both_of_their_buffers_beside_reads_that_take_one() {
+    // Room for one Compare of this size, or for two reads.
+    let limits = Limits {
+        max_transfer: 64 << 10,
+        lane_buffers: 128 << 10,
+        ..Limits::default()
+    };
+    let Bench {
+        rig: _rig,
+        mut queue,
+        admin: _admin,
+        images: _images,
+        ..
+    } = bench(limits).await;
+    let data = pattern(1, 64 << 10);
+    for nsid in [1, 3] {
+        write(&mut queue, nsid, 0, &data).await;
+        for token in 0..60 {
+            if token % 3 == 0 {
+                let sink = MemSink::from_bytes(vec![0; data.len()]);
+                queue.start(Sqe::read(nsid, 0, 128), Transfer::In(sink), token);
+            } else {
+                // Every other one differs, and one in six is outside.
+                let lba = if token % 6 == 5 { SIZE / 512 } else { 0 };
+                let mut data = data.clone();
+                data[1000] ^= (token % 2) as u8;
+                let source = MemSource::from_bytes(data);
+                let sqe = compare(nsid, lba, 128);
+                queue.start(sqe, Transfer::Out(source), token);
+            }
+        }
+        for _ in 0..60 {
+            let done = queue.finish().await;
+            let expected = match done.token % 6 {
+                1 => refused(Status::COMPARE_FAILURE),
+                5 => refused(Status::LBA_OUT_OF_RANGE),
+                _ => Status::SUCCESS,
+            };
+            assert_eq!(done.cqe.status(), expected, "command {}", done.token);
+        }
     }
 }
 
@@ -333,7 +419,7 @@ async fn a_refused_command_leaves_the_queue_usable() {
         let cqe = queue.command(Sqe::flush(nsid)).await;
         assert_eq!(cqe.status(), refused(Status::INVALID_NAMESPACE));
     }
-    for opcode in [nvm::COMPARE, nvm::VERIFY, nvm::WRITE_UNCORRECTABLE, 0x7e] {
+    for opcode in [nvm::VERIFY, nvm::WRITE_UNCORRECTABLE, 0x7e] {
         let cqe = queue.command(Sqe::new(opcode, 1)).await;
         assert_eq!(cqe.status(), refused(Status::INVALID_OPCODE));
     }
