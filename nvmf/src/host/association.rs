@@ -20,7 +20,7 @@ use super::options::HostOptions;
 use super::survey::Survey;
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::property::Cc;
-use crate::spec::{Sqe, feature};
+use crate::spec::{Sqe, Status, feature};
 use crate::transport::drive::Driven;
 use crate::transport::{HostQueuePair, Registry, Transfer};
 
@@ -316,16 +316,37 @@ impl Association {
 }
 
 /// Opens and connects the admin queue at one address.
+///
+/// The admin queue takes Connect's data in its capsule. A Linux target whose port is set to take no
+/// data in-capsule does not, and says that the offset is invalid: it gets them when it asks for them.
 async fn connect_admin(
     dial: &impl Dial,
     parties: Parties<'_>,
     kato: u32,
     deadline: Instant,
 ) -> Result<(Driven<dyn HostQueuePair>, Connected), HostError> {
+    const REFUSED: u16 = Status::SGL_OFFSET_INVALID.code();
+    let with = |limit| connect_admin_with(dial, parties, kato, limit, deadline);
+    match with(ADMIN_IN_CAPSULE_LIMIT).await {
+        Err(HostError::Command { status, .. }) if status.code() == REFUSED => {
+            tracing::debug!(controller = %parties.at, "no data in the Connect capsule");
+            with(0).await
+        }
+        other => other,
+    }
+}
+
+async fn connect_admin_with(
+    dial: &impl Dial,
+    parties: Parties<'_>,
+    kato: u32,
+    in_capsule_limit: u32,
+    deadline: Instant,
+) -> Result<(Driven<dyn HostQueuePair>, Connected), HostError> {
     let new = NewQueue {
         admin: true,
         entries: ADMIN_QUEUE_ENTRIES,
-        in_capsule_limit: ADMIN_IN_CAPSULE_LIMIT,
+        in_capsule_limit,
     };
     let pair = dial.open(parties.at, new, deadline).await?;
     let mut driven = drive(parties.at, pair)?;

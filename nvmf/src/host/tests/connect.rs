@@ -51,6 +51,26 @@ async fn connect_says_who_we_are_and_asks_for_no_flow_control() {
 }
 
 #[tokio::test]
+async fn a_controller_that_takes_no_data_in_the_connect_capsule_gets_them_otherwise() {
+    let mut refusals = 0;
+    let controller = Scripted::new().scripted(move |_, sqe, _| {
+        let first = is_fabrics(sqe, CONNECT) && refusals == 0;
+        refusals += u32::from(first);
+        first.then(|| Answer::refusal(Status::SGL_OFFSET_INVALID.do_not_retry(), 0))
+    });
+    let association = connect(&controller).await.unwrap();
+    drop(association);
+    let opened = controller.opened();
+    let limits: Vec<u32> = opened.iter().map(|(_, new)| new.in_capsule_limit).collect();
+    assert_eq!(limits, [8192, 0]);
+    // A controller that refuses that, too, is not asked a third time.
+    let controller = refusing(0, Status::SGL_OFFSET_INVALID, 0);
+    let error = refused(&controller).await;
+    assert!(matches!(error, HostError::Command { .. }), "{error}");
+    assert_eq!(controller.opened().len(), 2);
+}
+
+#[tokio::test]
 async fn an_unknown_subsystem_is_named() {
     let result = invalid_parameter(connect_offset::DATA_SUBNQN, true);
     let error = refused(&refusing(0, Status::CONNECT_INVALID_PARAMETERS, result)).await;
