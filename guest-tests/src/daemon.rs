@@ -176,6 +176,12 @@ impl Daemon {
             .with_context(|| format!("signal to {}", self.name))
     }
 
+    /// The lines of its standard error, after its end.
+    pub fn complaints(&self) -> Vec<String> {
+        self.stderr.wait_until_closed();
+        self.stderr.lines()
+    }
+
     /// The `fields` of every JSON log line whose message is `message`.
     pub fn logged(&self, message: &str) -> Vec<Value> {
         self.stderr

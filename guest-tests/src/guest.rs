@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::Command;
@@ -28,6 +29,9 @@ const SCRIPT_LIMIT: Duration = Duration::from_secs(120);
 /// The guest ends a script at its limit; the harness gives up on the guest so much later.
 const GRACE: Duration = Duration::from_secs(20);
 const SHOWN_CONSOLE_LINES: usize = 60;
+/// In the guest: the addresses that QEMU's user network gives.
+const NETWORK_UP: &str = "modprobe virtio_net; for i in $(seq 50); do [ -e /sys/class/net/eth0 ] && break; sleep 0.1; done; \
+                          ip link set lo up; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0";
 
 /// A vhost-user-blk disk of a guest. The first is /dev/vda, the next /dev/vdb, and so on.
 #[derive(Clone, Debug)]
@@ -47,6 +51,10 @@ pub struct GuestOptions {
     pub memory_mib: u32,
     /// The disks under test.
     pub disks: Vec<Disk>,
+    /// A network card: the guest reaches this machine's loopback as 10.0.2.2.
+    pub network: bool,
+    /// TCP ports of the guest that this machine reaches on its loopback, at [`Guest::forwarded`]. They take a network card.
+    pub forward: Vec<u16>,
     /// Further arguments of QEMU, as they are.
     pub arguments: Vec<String>,
 }
@@ -57,6 +65,8 @@ impl Default for GuestOptions {
             cpus: 1,
             memory_mib: 512,
             disks: Vec::new(),
+            network: false,
+            forward: Vec::new(),
             arguments: Vec::new(),
         }
     }
@@ -91,6 +101,8 @@ pub struct Guest {
     next_id: u64,
     /// It left a script unanswered: whatever else it is asked would only cost time.
     silent: bool,
+    /// Ports of the guest, and where this machine reaches them.
+    forwarded: Vec<(u16, SocketAddr)>,
     /// Holds the console and the agent's socket.
     _directory: TempDir,
 }
@@ -179,6 +191,11 @@ impl Guest {
                 &format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}"),
             ]);
         }
+        let forwarded = forwarded(&options.forward)?;
+        if options.network || !forwarded.is_empty() {
+            command.args(["-netdev", &user_network(&forwarded)]);
+            command.args(["-device", "virtio-net-pci,netdev=network"]);
+        }
         command.args(&options.arguments);
 
         let mut qemu = Daemon::start("QEMU", &command)?;
@@ -192,6 +209,7 @@ impl Guest {
             boots: 0,
             next_id: 1,
             silent: false,
+            forwarded,
             _directory: directory,
         };
         if let Err(error) = guest.wait_for_boot(BOOT_LIMIT) {
@@ -199,8 +217,23 @@ impl Guest {
             eprintln!("{}", guest.console_tail(SHOWN_CONSOLE_LINES));
             return Err(error);
         }
+        if options.network || !guest.forwarded.is_empty() {
+            guest.sh(NETWORK_UP).context("the guest's network")?;
+        }
         eprintln!("  guest up after {:.1} s", start.elapsed().as_secs_f32());
         Ok(guest)
+    }
+
+    /// Where this machine reaches a port of [`GuestOptions::forward`].
+    ///
+    /// # Errors
+    /// When the port is none of them.
+    pub fn forwarded(&self, port: u16) -> Result<SocketAddr> {
+        let mut all = self.forwarded.iter();
+        let found = all.find(|(guest, _)| *guest == port);
+        Ok(found
+            .with_context(|| format!("port {port} is not forwarded"))?
+            .1)
     }
 
     /// Runs a bash script (with `set -euo pipefail`) and returns what it left, whatever its status.
@@ -366,6 +399,23 @@ impl Guest {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
+}
+
+/// A free port of the loopback for each port of the guest. Nothing holds it until QEMU takes it, a moment later.
+fn forwarded(ports: &[u16]) -> Result<Vec<(u16, SocketAddr)>> {
+    let listeners: Vec<TcpListener> = ports
+        .iter()
+        .map(|_| TcpListener::bind("127.0.0.1:0"))
+        .collect::<std::io::Result<_>>()?;
+    let addresses = listeners.iter().map(TcpListener::local_addr);
+    let pairs = ports.iter().zip(addresses);
+    pairs.map(|(&port, address)| Ok((port, address?))).collect()
+}
+
+fn user_network(forwarded: &[(u16, SocketAddr)]) -> String {
+    let forward = |(port, address): &(u16, SocketAddr)| format!(",hostfwd=tcp:{address}-:{port}");
+    let forwards: String = forwarded.iter().map(forward).collect();
+    format!("user,id=network,ipv6=off{forwards}")
 }
 
 impl Drop for Guest {

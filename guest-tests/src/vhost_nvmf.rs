@@ -162,6 +162,23 @@ impl Attach {
         })
     }
 
+    /// Starts `attach` on a namespace that it must not get, and returns the one line that it ends with.
+    ///
+    /// # Errors
+    /// When it does not end, ends with another status than 1, or says more or less than one line.
+    pub fn refused(socket: &Path, uri: &str) -> Result<String> {
+        let mut command = Command::new(daemon_binary()?);
+        command.args(["attach", "--socket-path"]).arg(socket);
+        command.arg(uri);
+        let mut daemon = Daemon::start("attach", &command)?;
+        let status = daemon.wait(READY_LIMIT)?;
+        let complaints = daemon.complaints();
+        if status.code() != Some(1) || complaints.len() != 1 || socket.exists() {
+            bail!("attach ended with {status} and said {complaints:?}");
+        }
+        Ok(complaints.concat())
+    }
+
     /// Ends it with SIGTERM.
     ///
     /// # Errors

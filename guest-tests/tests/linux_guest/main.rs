@@ -1,4 +1,4 @@
-//! A Linux guest, its disks remote NVMe/TCP namespaces: every case boots real parts, end to end.
+//! A Linux guest, its disks remote NVMe/TCP namespaces, and Linux as the other end of the fabric: every case boots real parts.
 //!
 //! Booting is slow where there is no KVM, so cases share guests; each case has a name and a verdict of its own.
 
@@ -6,6 +6,8 @@ mod cases;
 mod data;
 mod devices;
 mod machines;
+mod linux_host;
+mod linux_target;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;

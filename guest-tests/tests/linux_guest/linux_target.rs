@@ -1,0 +1,261 @@
+//! Linux's own NVMe/TCP target, nvmet in one guest, whose namespaces `attach` brings to another guest.
+
+use anyhow::{Context, Result, ensure};
+use guest_tests::{Attach, Checks, Guest, GuestOptions, Seeded, rounds};
+use tempfile::TempDir;
+
+use crate::cases::{
+    Configured, attach, file_system_holds_a_tree, fio_verify, no_kernel_errors, range_is_cleared,
+    write_and_read_back,
+};
+use crate::{MIB, seed};
+
+const NQN: &str = "nqn.2026-01.org.example:linux";
+/// Whom it lets in is nobody.
+const CLOSED_NQN: &str = "nqn.2026-01.org.example:closed";
+
+/// A namespace of the target and the port that it is attached through.
+struct Exported {
+    seen: Configured,
+    /// The namespace's storage in the target's guest.
+    device: &'static str,
+    nsid: u32,
+    port: u16,
+    /// In-capsule data that the port takes, in bytes.
+    inline: u32,
+}
+
+const EXPORTED: [Exported; 3] = [
+    Exported {
+        seen: Configured {
+            disk: "vda",
+            serial: "brd",
+            mib: 96,
+            block: 512,
+            queues: 2,
+        },
+        device: "/dev/ram0",
+        nsid: 1,
+        port: 4420,
+        inline: 0,
+    },
+    Exported {
+        seen: Configured {
+            disk: "vdb",
+            serial: "null_blk",
+            mib: 96,
+            block: 4096,
+            queues: 2,
+        },
+        device: "/dev/nullb0",
+        nsid: 2,
+        port: 4421,
+        inline: 4096,
+    },
+    Exported {
+        seen: Configured {
+            disk: "vdc",
+            serial: "loop",
+            mib: 192,
+            block: 512,
+            queues: 1,
+        },
+        device: "/dev/loop0",
+        nsid: 7,
+        port: 4422,
+        inline: 16384,
+    },
+];
+
+/// Makes the three devices in the target's guest: memory, memory with 4096-byte blocks that can be discarded, and a file.
+const DEVICES: &str = "
+modprobe -a nvmet-tcp loop
+modprobe brd rd_nr=1 rd_size=$((96 * 1024))
+modprobe null_blk nr_devices=0
+mount -t configfs none /sys/kernel/config
+cd /sys/kernel/config/nullb
+mkdir nullb0
+cd nullb0
+echo 4096 >blocksize; echo 96 >size; echo 1 >memory_backed; echo 1 >discard; echo 1 >power
+truncate -s 192M /tmp/loop.img
+losetup /dev/loop0 /tmp/loop.img
+";
+
+fn configure(guest: &mut Guest) -> Result<()> {
+    guest.sh(DEVICES).context("devices")?;
+    let mut script = format!(
+        "cd /sys/kernel/config/nvmet; mkdir subsystems/{NQN} subsystems/{CLOSED_NQN}\n\
+         echo 1 >subsystems/{NQN}/attr_allow_any_host\n\
+         echo 0 >subsystems/{CLOSED_NQN}/attr_allow_any_host\n"
+    );
+    for Exported {
+        device,
+        nsid,
+        port,
+        inline,
+        ..
+    } in EXPORTED
+    {
+        script += &format!(
+            "n=subsystems/{NQN}/namespaces/{nsid}; mkdir $n; echo {device} >$n/device_path; echo 1 >$n/enable\n\
+             p=ports/{port}; mkdir $p; echo ipv4 >$p/addr_adrfam; echo tcp >$p/addr_trtype\n\
+             echo 0.0.0.0 >$p/addr_traddr; echo {port} >$p/addr_trsvcid; echo {inline} >$p/param_inline_data_size\n\
+             for s in {NQN} {CLOSED_NQN}; do ln -s $PWD/subsystems/$s $p/subsystems/$s; done\n"
+        );
+    }
+    guest.sh(&script).context("nvmet")?;
+    Ok(())
+}
+
+fn uri(target: &Guest, port: u16, nqn: &str, nsid: u32) -> Result<String> {
+    let address = target.forwarded(port)?;
+    Ok(format!("nvme+tcp://{address}/{nqn}?nsid={nsid}"))
+}
+
+#[test]
+fn a_linux_target_is_a_disk_like_any_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut checks = Checks::new(
+        "a Linux target is a disk like any other (nvmet in a guest of its own; vda: brd, vdb: \
+         null_blk with 4096-byte blocks, vdc: a file)",
+    );
+    let mut target = Guest::boot(&GuestOptions {
+        memory_mib: 768,
+        forward: EXPORTED.iter().map(|it| it.port).collect(),
+        ..GuestOptions::default()
+    })
+    .unwrap();
+    configure(&mut target).unwrap();
+    what_is_refused(&mut checks, &directory, &target);
+
+    let mut attached = Vec::new();
+    let mut disks = Vec::new();
+    for Exported {
+        seen, nsid, port, ..
+    } in &EXPORTED
+    {
+        let uri = uri(&target, *port, NQN, *nsid).unwrap();
+        let (attach, disk) = attach(&directory, &uri, seen.serial, seen.queues, false).unwrap();
+        attached.push(attach);
+        disks.push(disk);
+    }
+    // It complains of Connects that it refuses.
+    target.sh("dmesg -C").unwrap();
+    let mut guest = Guest::boot(&GuestOptions {
+        cpus: 2,
+        disks,
+        ..GuestOptions::default()
+    })
+    .unwrap();
+    for Exported { seen, inline, .. } in EXPORTED {
+        let name = format!("{} through {inline} bytes in-capsule", seen.serial);
+        checks.check(&format!("{name}: what the guest sees"), || {
+            seen.check(&mut guest)
+        });
+        for round in 0..rounds() {
+            checks.check(&format!("{name}: written and read back"), || {
+                let stretch = Seeded {
+                    seed: seed(round),
+                    offset: 4096,
+                    length: 12 * MIB,
+                };
+                write_and_read_back(&mut guest, seen.disk, stretch)
+            });
+            checks.check(&format!("{name}: fio verify"), || {
+                fio_verify(&mut guest, seen.disk, 4, round)
+            });
+        }
+    }
+    // brd cannot discard.
+    for (what, disk, option) in [
+        ("write zeroes", "vda", "-z"),
+        ("write zeroes", "vdb", "-z"),
+        ("discard", "vdb", ""),
+        ("discard", "vdc", ""),
+    ] {
+        checks.check(&format!("{what} on {disk}"), || {
+            range_is_cleared(&mut guest, disk, option, seed(0) ^ 2)
+        });
+    }
+    checks.check("a file system on the target's file", || {
+        file_system_holds_a_tree(&mut guest, "vdc")
+    });
+    checks.check("flushes reach the target's device", || {
+        flushes_arrive(&mut guest, &mut target)
+    });
+    checks.check("no error in the guest's kernel log", || {
+        no_kernel_errors(&mut guest)
+    });
+    checks.check("no error in the target's kernel log", || {
+        let errors = target
+            .sh("dmesg | grep -E 'I/O error|nvmet.*(fail|error|bad|invalid|unexpected)' || true")?;
+        ensure!(errors.is_empty(), "{errors}");
+        no_kernel_errors(&mut target)
+    });
+    checks.check("power-off", || guest.power_off().map(|()| "QEMU ended"));
+    checks.check("attach ends cleanly", || {
+        for attach in &mut attached {
+            attach.stop()?;
+        }
+        Ok("all three")
+    });
+    checks.check("the target has no controller left", || {
+        no_controller_left(&mut target)
+    });
+    checks.finish();
+}
+
+/// What `attach` says when the target refuses it.
+fn what_is_refused(checks: &mut Checks, directory: &TempDir, target: &Guest) {
+    let socket = directory.path().join("refused.sock");
+    for (name, nqn, nsid, words) in [
+        (
+            "a subsystem that the target does not have",
+            "nqn.2026-01.org.example:nobody",
+            1,
+            &["nqn.2026-01.org.example:nobody"][..],
+        ),
+        (
+            "a host that the target does not let in",
+            CLOSED_NQN,
+            1,
+            &[CLOSED_NQN, "host"],
+        ),
+        (
+            "a namespace that the target does not have",
+            NQN,
+            5,
+            &["5", NQN],
+        ),
+    ] {
+        checks.check(&format!("{name} is refused in one line"), || {
+            let line = Attach::refused(&socket, &uri(target, 4420, nqn, nsid)?)?;
+            for word in words {
+                ensure!(line.contains(word), "'{word}' is not in: {line}");
+            }
+            Ok(line)
+        });
+    }
+}
+
+fn flushes_arrive(guest: &mut Guest, target: &mut Guest) -> Result<String> {
+    let count = |target: &mut Guest| -> Result<u64> {
+        let stat = target.sh("awk '{print $16}' /sys/block/loop0/stat")?;
+        Ok(stat.parse()?)
+    };
+    let before = count(target)?;
+    guest.sh("for i in $(seq 10); do \
+         dd if=/dev/zero of=/dev/vdc bs=4k count=1 seek=$i conv=notrunc,fsync status=none; done")?;
+    let arrived = count(target)? - before;
+    ensure!(arrived >= 10, "{arrived} flushes arrived after 10 fsyncs");
+    Ok(format!("{arrived} after 10 fsyncs"))
+}
+
+/// Each association was ended, not forgotten: without keep-alives the target would find out only much later.
+fn no_controller_left(target: &mut Guest) -> Result<String> {
+    let left = target.sh(
+        "for i in $(seq 20); do n=$(ss -Htn state established | wc -l); [ $n = 0 ] && break; sleep 0.1; done; echo $n",
+    )?;
+    ensure!(left == "0", "{left} connections are left");
+    Ok("no connection".to_owned())
+}
