@@ -514,10 +514,10 @@ fn data(checks: &mut Checks, guest: &mut Guest) {
 
 /// The association lives on Keep Alive commands alone, and is the same one after.
 fn idle(guest: &mut Guest) -> Result<String> {
-    let seen = guest.sh(&format!(
+    let seen = guest.sh(
         "cd /sys/class/nvme/nvme1; before=$(cat cntlid); dmesg -C; sleep 20\n\
-         echo $(cat state) $(($(cat cntlid) - before)); dmesg"
-    ))?;
+         echo $(cat state) $(($(cat cntlid) - before)); dmesg",
+    )?;
     ensure!(seen == "live 0", "{seen}");
     guest.sh(&format!(
         "dd if=/dev/{FILE} of=/dev/null bs=4k count=8 iflag=direct status=none"
