@@ -455,7 +455,9 @@ fn files(ending: &str) -> Vec<(String, String)> {
                 .and_then(|name| name.to_str())
                 .unwrap_or_default();
             if path.is_dir() {
-                if name != "target" && !name.starts_with('.') {
+                // What is made there holds sources of other packages, too.
+                let made = directory == root && matches!(name, "target" | "build");
+                if !made && !name.starts_with('.') {
                     directories.push(path);
                 }
             } else if name.ends_with(ending) {
