@@ -5,9 +5,9 @@
 mod cases;
 mod data;
 mod devices;
-mod machines;
 mod linux_host;
 mod linux_target;
+mod machines;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;
