@@ -13,6 +13,7 @@ mod checks;
 mod cpio;
 mod daemon;
 mod guest;
+mod recorder;
 mod seeded;
 mod vhost_nvmf;
 
@@ -20,6 +21,7 @@ pub use channel::{PORT_NAME, Reply, Request};
 pub use checks::Checks;
 pub use daemon::Daemon;
 pub use guest::{Disk, Guest, GuestOptions, Job, Output};
+pub use recorder::Recorder;
 pub use seeded::{Seeded, fill};
 pub use vhost_nvmf::{Attach, AttachOptions, DiskCounters, Export, NamespaceCounters};
 

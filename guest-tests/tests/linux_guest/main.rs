@@ -2,6 +2,7 @@
 //!
 //! Booting is slow where there is no KVM, so cases share guests; each case has a name and a verdict of its own.
 
+mod capture;
 mod cases;
 mod data;
 mod devices;
