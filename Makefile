@@ -5,7 +5,7 @@ ROUNDS ?= 10
 # The guest tests use the release build of the daemon, or the one that VHOST_NVMF_BIN names.
 GUEST_TESTS = $(CARGO) test -p guest-tests --test linux_guest -- --nocapture --test-threads=1
 
-.PHONY: help boot test guest-test soak
+.PHONY: help boot test guest-test soak bench
 
 help:
 	@echo 'make boot               boot a Linux guest from a remote NVMe/TCP namespace and have it check its disk'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test               every test, guests included (under 20 minutes on 2 cores)'
 	@echo 'make guest-test         only the tests that boot guests'
 	@echo 'make soak [ROUNDS=10]   the tests again and again, by hand'
+	@echo 'make bench              measure the daemon beside other back-ends; ARGS=--help tells more'
 
 boot:
 	@qemu-scripts/boot $(ARGS)
@@ -37,3 +38,9 @@ soak:
 	done
 	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
 	VHOST_NVMF_ROUNDS=$(ROUNDS) $(GUEST_TESTS)
+
+# A contender whose program is not there is skipped, and said to be.
+bench:
+	qemu-scripts/install-packages build
+	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
+	$(CARGO) run --release -p bench -- $(ARGS)
