@@ -246,7 +246,13 @@ fn a_socket_path_that_cannot_be_had_is_named_and_nothing_is_left() {
     let directory = Directory::new();
     let uri = uri();
     let attach = |path: &Path, names: &[&str]| {
-        refused(["attach", "--socket-path", shown(path), &uri], names);
+        // With an identity of its own, so that a machine that has none adds no line about it.
+        let nqn = "nqn.2026-01.org.example:host";
+        let path = shown(path);
+        refused(
+            ["attach", "--socket-path", path, "--hostnqn", nqn, &uri],
+            names,
+        );
     };
     attach(
         &directory.path("missing/disk.sock"),

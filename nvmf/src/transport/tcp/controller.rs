@@ -228,11 +228,14 @@ impl QueuePair for TcpController {
     }
 
     fn progress(&mut self, ready: &mut Ready) -> bool {
-        // A peer that sends commands and takes no answers is not read from until it does.
+        // A peer that sends commands and takes no answers is not read from until it does: either
+        // the socket is full, which is waited for, or there is more to send at once.
         if self.stream.machine.backlogged() {
-            let more = self.stream.flush(&mut self.memory, ready);
-            self.release_lent();
-            return more;
+            let unsent = self.stream.flush(&mut self.memory, ready);
+            if self.stream.machine.backlogged() || self.stream.ending().is_some() {
+                self.release_lent();
+                return unsent;
+            }
         }
         let more = self.stream.progress(&mut self.memory, ready);
         self.release_lent();
