@@ -319,7 +319,7 @@ impl Association {
 ///
 /// The admin queue takes Connect's data in its capsule. A Linux target whose port is set to take no
 /// data in-capsule does not, and says that the offset is invalid: it gets them when it asks for them.
-async fn connect_admin(
+pub(super) async fn connect_admin(
     dial: &impl Dial,
     parties: Parties<'_>,
     kato: u32,

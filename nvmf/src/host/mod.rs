@@ -14,6 +14,7 @@ mod admin;
 mod association;
 mod connect;
 mod dial;
+pub mod discovery;
 mod enable;
 mod error;
 mod identify;
