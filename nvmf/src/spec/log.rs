@@ -6,6 +6,7 @@ use super::sqe::Sqe;
 /// Log page identifiers (Base, figure "Log Page Identifiers").
 pub mod lid {
     #![expect(missing_docs, reason = "the names are the specification's")]
+    pub const SUPPORTED: u8 = 0x00;
     pub const ERROR: u8 = 0x01;
     pub const HEALTH: u8 = 0x02;
     pub const FIRMWARE: u8 = 0x03;
