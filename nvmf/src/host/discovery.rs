@@ -167,7 +167,8 @@ async fn ask(
             hostid: options.hostid,
         };
         // It is over before any keep-alive could be due.
-        let (driven, _) = connect_admin(dial, parties, 0, deadline).await?;
+        let connected = connect_admin(dial, parties, 0, deadline).await;
+        let (driven, _) = connected.map_err(without_subsystem)?;
         let losses = LossReport::new();
         let (admin, _) = Admin::spawn(driven, at, options.connect_timeout, losses);
         let cap = read_discovery_capabilities(&admin).await?;
@@ -187,6 +188,17 @@ async fn ask(
     shut_down(&admin, cc, left.min(SHUTDOWN)).await;
     admin.stop();
     Ok(log)
+}
+
+/// No subsystem of that name: another port of the target may have it.
+fn without_subsystem(error: HostError) -> HostError {
+    match error {
+        HostError::UnknownSubsystem { at, .. } => unusable(
+            at,
+            "it has no discovery subsystem; give the port of one that does".to_owned(),
+        ),
+        other => other,
+    }
 }
 
 fn unusable(at: SocketAddr, reason: String) -> HostError {

@@ -31,5 +31,5 @@ pub use address::TargetAddress;
 pub use association::Association;
 pub use error::{HostError, Loss, Queue};
 pub use identify::{ControllerInfo, DeallocateLimits};
-pub use namespace::{NamespaceInfo, NamespaceSelector, OptimalIo};
+pub use namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector, OptimalIo};
 pub use options::HostOptions;
