@@ -68,6 +68,9 @@ pub struct Limits {
     pub handshake: Duration,
     /// Time that an association may stay disabled, from Connect, reset or shutdown on.
     pub disabled: Duration,
+    /// Time that a host without a keep-alive may be silent to a discovery controller (Base,
+    /// "Discovery controller activity timeout").
+    pub discovery_idle: Duration,
     /// Staging memory of one lane in bytes, at least twice `max_transfer`: a Compare takes that.
     pub lane_buffers: usize,
     /// How file backends reach the kernel.
@@ -86,6 +89,7 @@ impl Default for Limits {
             async_events: 16,
             handshake: Duration::from_secs(10),
             disabled: Duration::from_secs(120),
+            discovery_idle: Duration::from_secs(120),
             lane_buffers: 8 << 20,
             engine: Engine::Auto,
         }

@@ -24,10 +24,6 @@ use crate::transport::{Command, CommandTag, ControllerEvent, ControllerQueuePair
 /// Further away than any deadline: nothing to wait for.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// How long a discovery controller waits for a command from a host that asked for no keep-alive
-/// (Base, "Discovery controller activity timeout").
-const DISCOVERY_ACTIVITY: Duration = Duration::from_secs(120);
-
 /// Bytes of answers that may wait to be sent: a host that asks and does not read gets errors.
 const UNSENT_MAX: usize = 4 << 20;
 
@@ -254,12 +250,16 @@ impl Session {
         self.restart_clock();
     }
 
-    /// How long the host may be silent; `None` for as long as it likes. No host stays with a
-    /// discovery controller without a keep-alive.
+    /// How long the host may be silent; `None` for as long as it likes, which is not with a
+    /// discovery controller.
     fn keep_alive(&self) -> Option<Duration> {
-        let is_discovery = self.registration.subsystem.is_discovery();
-        let kept = self.features.keep_alive();
-        kept.or(is_discovery.then_some(DISCOVERY_ACTIVITY))
+        let Registration {
+            subsystem, target, ..
+        } = &self.registration;
+        let idle = subsystem
+            .is_discovery()
+            .then_some(target.limits.discovery_idle);
+        self.features.keep_alive().or(idle)
     }
 
     /// Begins a new period: of keep-alive while enabled, of grace while not.

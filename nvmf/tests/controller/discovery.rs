@@ -164,6 +164,21 @@ async fn a_host_that_keeps_alive_is_kept_and_one_that_does_not_goes() {
 }
 
 #[tokio::test]
+async fn a_host_without_a_keep_alive_does_not_stay_for_ever() {
+    let limits = Limits {
+        discovery_idle: Duration::from_millis(300),
+        ..Limits::default()
+    };
+    let rig = Rig::with(subsystem([ram(1 << 20, 512)]), limits).await;
+    let mut silent = associate(&rig, 0).await;
+    let (mut io_controller, _) = rig.connect().await;
+    io_controller.enable().await;
+    assert!(silent.closed(PATIENCE).await);
+    assert!(!io_controller.closed(Duration::from_millis(700)).await);
+    rig.stop().await;
+}
+
+#[tokio::test]
 async fn each_record_has_every_field() {
     let rig = Rig::start().await;
     let mut admin = associate(&rig, 0).await;
