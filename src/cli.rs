@@ -13,13 +13,14 @@ use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
 use crate::config::ids::parse_uuid;
-use crate::config::{Serial, Spec, Uri};
+use crate::config::{DiscoveryUri, Serial, Spec, Uri};
 use crate::limits;
 use crate::logging::{LogFormat, LogOptions};
 
 /// What the vhost-user specification's back-end program conventions call the capabilities of a
 /// block back-end.
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only"]}"#;
+const SUBCOMMANDS: [&str; 5] = ["attach", "export", "discover", "identify", "list-ns"];
 const PRINT_CAPABILITIES: &str = "--print-capabilities";
 
 /// What the command line asks for.
@@ -31,6 +32,19 @@ pub(crate) enum Invocation {
     Attach(LogOptions, Box<AttachArgs>),
     /// Export storage to other hosts.
     Export(LogOptions, ExportArgs),
+    /// Show what a controller says.
+    Show(LogOptions, Box<Question>),
+}
+
+/// What is asked of a controller.
+#[derive(Debug)]
+pub(crate) enum Question {
+    /// Which subsystems there are.
+    Discover(DiscoverArgs),
+    /// What it is.
+    Identify(InspectArgs),
+    /// Which namespaces it has.
+    ListNs(InspectArgs),
 }
 
 /// A command line that asks for nothing; one line that says what to write.
@@ -57,6 +71,12 @@ enum Command {
     Attach(Box<AttachArgs>),
     /// Export files, block devices and memory as namespaces over NVMe/TCP
     Export(ExportArgs),
+    /// List the subsystems that a host offers over NVMe/TCP
+    Discover(DiscoverArgs),
+    /// Show what a remote controller is
+    Identify(InspectArgs),
+    /// List the namespaces of a remote controller
+    ListNs(InspectArgs),
 }
 
 #[derive(Debug, Args)]
@@ -65,9 +85,9 @@ struct LogArgs {
     /// Log more; twice logs everything
     #[arg(short, long, global = true, action = ArgAction::Count, conflicts_with = "log_level")]
     verbose: u8,
-    /// Log this and what is worse
-    #[arg(long, global = true, value_name = "LEVEL", value_enum, default_value_t)]
-    log_level: LogLevel,
+    /// Log this and what is worse [default: info; error where a command only shows something]
+    #[arg(long, global = true, value_name = "LEVEL", value_enum)]
+    log_level: Option<LogLevel>,
     /// Log lines for people, or JSON objects
     #[arg(
         long,
@@ -79,12 +99,11 @@ struct LogArgs {
     log_format: LogFormat,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum LogLevel {
     Off,
     Error,
     Warn,
-    #[default]
     Info,
     Debug,
     Trace,
@@ -151,7 +170,8 @@ pub(crate) struct AttachArgs {
 #[derive(Debug, Args)]
 #[command(after_help = EXPORT_EXAMPLES)]
 pub(crate) struct ExportArgs {
-    /// Address to listen on; may be given several times
+    /// Address to listen on; may be given several times. Discovery answers there, and on port 8009
+    /// of the same addresses where that is free, unless a port is 0
     #[arg(
         long,
         value_name = "ADDR:PORT",
@@ -174,11 +194,73 @@ pub(crate) struct ExportArgs {
     pub(crate) specs: Vec<Spec>,
 }
 
+/// Options of what shows something and serves nothing.
+#[derive(Debug, Args)]
+pub(crate) struct ShowArgs {
+    /// Host NQN to connect with [default: as attach]
+    #[arg(long, value_name = "NQN")]
+    pub(crate) hostnqn: Option<Nqn>,
+    /// Host identifier to connect with [default: as attach]
+    #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
+    pub(crate) hostid: Option<Uuid>,
+    /// Text for people, or JSON
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    pub(crate) output_format: OutputFormat,
+}
+
+/// How an answer looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(crate) enum OutputFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+/// Options of `discover`.
+#[derive(Debug, Args)]
+#[command(after_help = DISCOVER_EXAMPLES)]
+pub(crate) struct DiscoverArgs {
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+    /// nvme+tcp://HOST[:PORT]; without a port, 8009 is tried, and then 4420
+    #[arg(value_name = "URI")]
+    pub(crate) uri: DiscoveryUri,
+}
+
+/// Options of `identify` and `list-ns`.
+#[derive(Debug, Args)]
+#[command(after_help = INSPECT_EXAMPLES)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub(crate) show: ShowArgs,
+    /// nvme+tcp://HOST[:4420]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]
+    #[arg(value_name = "URI")]
+    pub(crate) uri: Uri,
+}
+
 const EXAMPLES: &str = "\
 Examples:
   vhost-nvmf export --subnqn nqn.2026-01.org.example:disks disk.img
   vhost-nvmf attach --socket-path /run/disk.sock \\
-      nvme+tcp://127.0.0.1/nqn.2026-01.org.example:disks";
+      nvme+tcp://127.0.0.1/nqn.2026-01.org.example:disks
+  vhost-nvmf discover nvme+tcp://storage.example";
+
+const DISCOVER_EXAMPLES: &str = "\
+Examples:
+  Everything that this host may connect to, with the URIs to attach:
+    vhost-nvmf discover nvme+tcp://storage.example
+  The same as another host, for a program:
+    vhost-nvmf discover --hostnqn nqn.2026-01.org.example:host1 --output-format json \\
+        nvme+tcp://storage.example:4420";
+
+const INSPECT_EXAMPLES: &str = "\
+Examples:
+  The controller and its limits:
+    vhost-nvmf identify nvme+tcp://storage.example/nqn.2026-01.org.example:disks
+  Its namespaces, with the URIs to attach:
+    vhost-nvmf list-ns nvme+tcp://storage.example/nqn.2026-01.org.example:disks
+  One namespace alone, with either command:
+    vhost-nvmf list-ns 'nvme+tcp://storage.example/nqn.2026-01.org.example:disks?nsid=2'";
 
 const ATTACH_EXAMPLES: &str = "\
 Examples:
@@ -197,7 +279,7 @@ Examples:
   An image to this machine alone:
     vhost-nvmf export disk.img
   A block device and 1 GiB of memory with 4096-byte blocks, to one host of the network:
-    vhost-nvmf export --listen 0.0.0.0:4420 --listen '[::]:4420' \\
+    vhost-nvmf export --listen '[::]:4420' \\
         --allow-host nqn.2026-01.org.example:host1 \\
         file:/dev/vg0/disk1 ram:1G,block-size=4096
   An image whose name has a comma, read-only:
@@ -215,11 +297,14 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
     let subcommand = args
         .iter()
         .skip(1)
-        .find_map(|arg| ["attach", "export"].into_iter().find(|name| arg == name));
+        .find_map(|arg| SUBCOMMANDS.into_iter().find(|name| arg == name));
     match CommandLine::try_parse_from(args) {
         Ok(CommandLine { log, command, .. }) => Ok(match command {
-            Command::Attach(args) => Invocation::Attach(log.options(), args),
-            Command::Export(args) => Invocation::Export(log.options(), args),
+            Command::Attach(args) => Invocation::Attach(log.options(LogLevel::Info), args),
+            Command::Export(args) => Invocation::Export(log.options(LogLevel::Info), args),
+            Command::Discover(args) => log.show(Question::Discover(args)),
+            Command::Identify(args) => log.show(Question::Identify(args)),
+            Command::ListNs(args) => log.show(Question::ListNs(args)),
         }),
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
@@ -263,8 +348,13 @@ fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {
 }
 
 impl LogArgs {
-    fn options(&self) -> LogOptions {
-        let level = match (self.verbose, self.log_level) {
+    /// Standard error is for the one line that says why nothing was shown.
+    fn show(&self, question: Question) -> Invocation {
+        Invocation::Show(self.options(LogLevel::Error), Box::new(question))
+    }
+
+    fn options(&self, default: LogLevel) -> LogOptions {
+        let level = match (self.verbose, self.log_level.unwrap_or(default)) {
             (0, LogLevel::Off) => LevelFilter::OFF,
             (0, LogLevel::Error) => LevelFilter::ERROR,
             (0, LogLevel::Warn) => LevelFilter::WARN,

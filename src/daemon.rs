@@ -92,7 +92,7 @@ fn end(runtime: Runtime, workers: Vec<Worker>) {
 }
 
 /// Standard output is for results. That nobody reads them is no reason to end.
-fn print(text: &str) -> io::Result<()> {
+pub(crate) fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

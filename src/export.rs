@@ -67,7 +67,11 @@ impl Export {
         });
         let target = Target::new(vec![subsystem], Limits::default(), registry, lanes)?;
         let target = Arc::new(target);
-        let port = Port::bind(Arc::clone(&target), &config.listen).await?;
+        let mut port = Port::bind(Arc::clone(&target), &config.listen).await?;
+        // Who lets the system choose a port wants no fixed one beside it.
+        if config.listen.iter().all(|address| address.port() != 0) {
+            port.add_discovery().await;
+        }
         Ok(Self { target, port })
     }
 

@@ -1,4 +1,4 @@
-//! The `vhost-nvmf` daemon: a command line in, one disk or one target out.
+//! The `vhost-nvmf` daemon: a command line in, one disk, one target or one answer out.
 
 mod bridge;
 mod cli;
@@ -11,6 +11,7 @@ mod limits;
 mod logging;
 mod metrics;
 mod report;
+mod show;
 mod socket;
 mod worker;
 
@@ -44,6 +45,10 @@ fn run() -> Result<(), Box<dyn Error>> {
             logging::start(log);
             let machine = Machine::read();
             daemon::export(&ExportConfig::resolve(args, &machine)?, &machine)
+        }
+        Invocation::Show(log, question) => {
+            logging::start(log);
+            show::show(*question, &Machine::read())
         }
     }
 }

@@ -3,7 +3,8 @@
 #![expect(clippy::expect_used, reason = "a test that cannot run has failed")]
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -103,6 +104,12 @@ fn help_and_version_are_printed_and_are_no_failure() {
             &["export", "-h"],
             &["Examples:", "--allow-host", "block-size=", "ram:"],
         ),
+        (
+            &["discover", "--help"],
+            &["Examples:", "8009", "--output-format", "--hostnqn"],
+        ),
+        (&["identify", "-h"], &["Examples:", "nvme+tcp://"]),
+        (&["list-ns", "-h"], &["Examples:", "?nsid=2"]),
         (&["--version"], &["vhost-nvmf 0."]),
     ] {
         let output = run(args);
@@ -135,6 +142,8 @@ fn a_command_line_that_asks_for_nothing_says_what_to_write() {
     refused(["serve"], &["serve", "--help"]);
     refused(["attach"], &["--socket-path", "URI", "attach --help"]);
     refused(["export"], &["SPEC", "export --help"]);
+    refused(["discover"], &["URI", "discover --help"]);
+    refused(["list-ns", "--nsid", "1"], &["--nsid", "list-ns --help"]);
     attach_refused(&["--serail", "x", &uri()], &["--serail", "--serial"]);
     refused(
         ["--log-format", "xml", "export", "ram:1M"],
@@ -289,8 +298,12 @@ impl Export {
     }
 
     fn start_logging(options: &[&str], specs: &[&str], log: Stdio) -> Self {
+        Self::start_at("127.0.0.1:0", options, specs, log)
+    }
+
+    fn start_at(listen: &str, options: &[&str], specs: &[&str], log: Stdio) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_vhost-nvmf"))
-            .args(["export", "--listen", "127.0.0.1:0", "--subnqn", NQN])
+            .args(["export", "--listen", listen, "--subnqn", NQN])
             .args(options)
             .args(specs)
             .stdout(Stdio::piped())
@@ -423,4 +436,237 @@ fn an_address_that_cannot_be_listened_on_is_named() {
     // An address for documentation, which no machine has.
     let address = "192.0.2.1:4420";
     export_refused(&["--listen", address, "ram:1M"], &[address]);
+}
+
+/// What a command that succeeds says in JSON.
+#[track_caller]
+fn json(args: &[&str]) -> serde_json::Value {
+    let output = run(args.iter().chain(&["--output-format", "json"]));
+    assert_eq!(text(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(0));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// What a command that succeeds says to people.
+#[track_caller]
+fn said(args: &[&str]) -> String {
+    let output = run(args);
+    assert_eq!(text(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(0));
+    text(&output.stdout)
+}
+
+#[test]
+fn discover_lists_what_can_be_attached() {
+    let export = Export::start(&[], &["ram:1M", "ram:1M"]);
+    let uri = format!("nvme+tcp://127.0.0.1:{}", export.port());
+    let log = json(&["discover", &uri]);
+    assert_eq!(log["controller"], format!("127.0.0.1:{}", export.port()));
+    assert!(log["generation"].is_u64());
+    assert_eq!(log["skipped"], serde_json::json!([]));
+    let records = log["records"].as_array().expect("records");
+    assert_eq!(records.len(), 2);
+    let (nvm, current) = (&records[0], &records[1]);
+    for (record, subtype) in [(nvm, "nvm"), (current, "current")] {
+        assert_eq!(record["subtype"], subtype);
+        assert_eq!(record["transport"], "tcp");
+        assert_eq!(record["address_family"], "ipv4");
+        assert_eq!(record["traddr"], "127.0.0.1");
+        assert_eq!(record["trsvcid"], export.port());
+        assert_eq!(
+            (&record["portid"], &record["cntlid"]),
+            (&1.into(), &0xffff.into())
+        );
+    }
+    assert_eq!(nvm["subnqn"], NQN);
+    assert_eq!(nvm["uri"], format!("{uri}/{NQN}"));
+    assert_eq!(current["subnqn"], "nqn.2014-08.org.nvmexpress.discovery");
+    assert!(nvm["obstacle"].is_null() && current["uri"].is_null());
+
+    let table = said(&["discover", &uri]);
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines.len(), 4, "{table}");
+    assert!(
+        lines[1].starts_with("TYPE") && lines[1].ends_with("ATTACH"),
+        "{table}"
+    );
+    assert!(
+        lines[2].starts_with("nvm ") && lines[2].ends_with(&format!(" {uri}/{NQN}")),
+        "{table}"
+    );
+    assert_eq!(export.terminate().code(), Some(0));
+}
+
+#[test]
+fn discover_shows_a_host_only_what_it_may_connect_to() {
+    let friend = "nqn.2026-01.org.example:friend";
+    let export = Export::start(&["--allow-host", friend], &["ram:1M"]);
+    let uri = format!("nvme+tcp://127.0.0.1:{}", export.port());
+    let visible = |hostnqn| -> Vec<serde_json::Value> {
+        let log = json(&["discover", "--hostnqn", hostnqn, &uri]);
+        let records = log["records"].as_array().expect("records").iter();
+        records
+            .filter(|it| it["subtype"] == "nvm")
+            .cloned()
+            .collect()
+    };
+    assert_eq!(visible(friend).len(), 1);
+    assert!(visible("nqn.2026-01.org.example:stranger").is_empty());
+}
+
+#[test]
+fn discover_tries_the_discovery_port_and_then_the_other() {
+    // Addresses of this process alone, so that their ports are free.
+    let pid = std::process::id().to_be_bytes();
+    let ip = |last: u8| format!("127.{}.{}.{last}", pid[2].max(1), pid[3]);
+    let free_port = |ip: &str| {
+        let listener = TcpListener::bind((ip, 0)).expect("a port");
+        listener.local_addr().expect("an address").port()
+    };
+    let both = ip(11);
+    let port = free_port(&both);
+    let start = |listen: &str| Export::start_at(listen, &[], &["ram:1M"], Stdio::null());
+    let first = start(&format!("{both}:{port}"));
+    let log = json(&["discover", &format!("nvme+tcp://{both}")]);
+    assert_eq!(log["controller"], format!("{both}:8009"));
+    assert_eq!(
+        log["records"][0]["uri"],
+        format!("nvme+tcp://{both}:{port}/{NQN}")
+    );
+    // On the discovery port there are no namespaces.
+    refused(
+        ["list-ns", &format!("nvme+tcp://{both}:8009/{NQN}")],
+        &[NQN, "8009"],
+    );
+
+    // The port is taken, which is no error for another export.
+    let second = start(&format!("{both}:{}", free_port(&both)));
+    assert_eq!(second.terminate().code(), Some(0));
+    assert_eq!(first.terminate().code(), Some(0));
+
+    // Something else is on the discovery port, so the other is asked.
+    let other = ip(12);
+    let stranger = TcpListener::bind((other.as_str(), 8009)).expect("a port of its own");
+    let stranger = answer_with(stranger, b"HTTP/1.1 400 Bad Request\r\n\r\n");
+    let export = start(&format!("{other}:4420"));
+    let log = json(&["discover", &format!("nvme+tcp://{other}")]);
+    assert_eq!(log["controller"], format!("{other}:4420"));
+    assert_eq!(export.terminate().code(), Some(0));
+    drop(stranger);
+
+    let nobody = ip(13);
+    refused(
+        ["discover", &format!("nvme+tcp://{nobody}")],
+        &[&nobody, "8009", "4420", "refused"],
+    );
+}
+
+#[test]
+fn identify_and_list_ns_say_what_the_controller_says() {
+    let uuid = "6ba7b810-9dad-41d1-80b4-00c04fd430c8";
+    let second = format!("ram:2M,block-size=4096,uuid={uuid}");
+    let export = Export::start(&[], &["ram:1M", &second]);
+    let subsystem = format!("{}{NQN}", export.base());
+    let id = json(&["identify", &subsystem]);
+    assert_eq!(id["subnqn"], NQN);
+    assert_eq!(id["model"], "vhost-nvmf");
+    assert_eq!(id["version"], "1.4.0");
+    assert_eq!(id["max_transfer"], 1 << 20);
+    assert_eq!(
+        (&id["write_zeroes"], &id["deallocate"]),
+        (&true.into(), &true.into())
+    );
+    assert!(id.get("namespace").is_none());
+    let one = json(&["identify", &format!("{subsystem}?nsid=2")]);
+    assert_eq!(one["namespace"]["uuid"], uuid);
+    let shown = said(&["identify", &subsystem]);
+    assert!(
+        shown.contains(NQN) && shown.contains("1048576 bytes"),
+        "{shown}"
+    );
+
+    let list = json(&["list-ns", &subsystem]);
+    let namespaces = list["namespaces"].as_array().expect("namespaces");
+    let found: Vec<_> = namespaces
+        .iter()
+        .map(|it| {
+            (
+                it["nsid"].as_u64(),
+                it["size"].as_u64(),
+                it["block_size"].as_u64(),
+            )
+        })
+        .collect();
+    let expected = [(1, 1 << 20, 512), (2, 2 << 20, 4096)];
+    let expected = expected.map(|(nsid, size, block)| (Some(nsid), Some(size), Some(block)));
+    assert_eq!(found, expected);
+    for (namespace, uri) in namespaces.iter().zip(&export.uris) {
+        assert_eq!(namespace["uri"], uri.as_str());
+    }
+    let table = said(&["list-ns", &subsystem]);
+    assert_eq!(table.lines().count(), 3, "{table}");
+    assert!(
+        table.contains(uuid) && table.contains(&export.uris[1]),
+        "{table}"
+    );
+    let one = json(&["list-ns", &format!("{subsystem}?uuid={uuid}")]);
+    assert_eq!(one["namespaces"].as_array().map(Vec::len), Some(1));
+    assert_eq!(one["namespaces"][0]["nsid"], 2);
+    refused(
+        ["list-ns", &format!("{subsystem}?nsid=3")],
+        &["nsid=3", "nsid=1"],
+    );
+}
+
+/// Answers every connection with `bytes` and then says nothing more.
+fn answer_with(listener: TcpListener, bytes: &'static [u8]) -> String {
+    let address = listener.local_addr().expect("an address").to_string();
+    std::thread::spawn(move || {
+        let mut open: Vec<TcpStream> = Vec::new();
+        while let Ok((mut stream, _)) = listener.accept() {
+            // A peer may be gone already.
+            let _ = stream.write_all(bytes);
+            open.push(stream);
+        }
+    });
+    address
+}
+
+#[test]
+fn what_cannot_be_shown_is_named_in_time() {
+    let any = || TcpListener::bind("127.0.0.1:0").expect("a port");
+    let silent = answer_with(any(), b"");
+    let nonsense = answer_with(any(), &[0x55; 256]);
+    let cases = [
+        ("127.0.0.1:1", "refused"),
+        (nonsense.as_str(), "NVMe/TCP"),
+        (silent.as_str(), "within"),
+    ];
+    std::thread::scope(|scope| {
+        for (at, word) in cases {
+            for command in ["discover", "identify", "list-ns"] {
+                let path = if command == "discover" {
+                    String::new()
+                } else {
+                    format!("/{NQN}")
+                };
+                scope.spawn(move || {
+                    let started = Instant::now();
+                    refused([command, &format!("nvme+tcp://{at}{path}")], &[at, word]);
+                    assert!(started.elapsed() < Duration::from_secs(8), "{command} {at}");
+                });
+            }
+        }
+    });
+    refused(
+        ["discover", &format!("nvme+tcp://h/{NQN}")],
+        &[NQN, "nvme+tcp://HOST[:PORT]"],
+    );
+    refused(
+        ["discover", "--output-format", "xml", "nvme+tcp://h"],
+        &["xml", "json"],
+    );
+    let export = Export::start(&[], &["ram:1M"]);
+    let other = "nqn.2026-01.org.example:other";
+    refused(["identify", &format!("{}{other}", export.base())], &[other]);
 }

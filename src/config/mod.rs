@@ -18,11 +18,10 @@ use uuid::Uuid;
 
 use crate::cli::{AttachArgs, ExportArgs};
 use crate::limits::{MAX_NAMESPACES, MAX_NR_IO_QUEUES};
-use identity::HostIdentity;
-pub(crate) use identity::Machine;
+pub(crate) use identity::{HostIdentity, Machine};
 pub(crate) use ids::Serial;
 pub(crate) use spec::{BlockSize, Spec, Storage};
-pub(crate) use uri::{Uri, host_of_listener};
+pub(crate) use uri::{DiscoveryUri, Uri, host_of_listener};
 
 /// One remote namespace to serve as a disk.
 #[derive(Debug, Clone)]

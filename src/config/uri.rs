@@ -5,13 +5,12 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use nvmf::host::{NamespaceSelector, TargetAddress};
-use nvmf::spec::nqn::NqnError;
+use nvmf::spec::discovery::IO_PORT;
+use nvmf::spec::nqn::{DISCOVERY_NQN, NqnError};
 use nvmf::spec::{NSID_ALL, Nqn};
 
 use super::ids::{IdError, parse_nguid, parse_uuid};
 
-/// The port that IANA gave NVMe over Fabrics I/O.
-const DEFAULT_PORT: u16 = 4420;
 const SCHEME: &str = "nvme+tcp";
 
 /// A remote namespace.
@@ -23,7 +22,16 @@ pub(crate) struct Uri {
     pub(crate) selector: NamespaceSelector,
 }
 
-/// Why a string is not the URI of a namespace.
+/// Where to ask what there is: `nvme+tcp://HOST[:PORT]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiscoveryUri {
+    /// Host name, IPv4 or IPv6 address; no brackets.
+    pub(crate) host: String,
+    /// TCP port, when only that one is to be asked.
+    pub(crate) port: Option<u16>,
+}
+
+/// Why a string is not the URI of a namespace, or of a host to ask.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UriError {
     /// Not this scheme.
@@ -58,6 +66,12 @@ pub(crate) enum UriError {
     /// A fragment.
     #[error("'#' begins nothing here; write # in a name as %23")]
     Fragment,
+    /// More than a host, where subsystems are to be found out.
+    #[error(
+        "discovery asks a host what subsystems it has; write {SCHEME}://HOST[:PORT] alone, \
+         without '{0}'"
+    )]
+    NotAlone(String),
     /// A key that does not exist.
     #[error("'{0}' does not select a namespace; write ?nsid=N, ?uuid=U or ?nguid=G")]
     Key(String),
@@ -94,7 +108,10 @@ pub(crate) fn host_of_listener(local: SocketAddr, hostname: Option<&str>) -> Str
 }
 
 /// Host and port of `HOST[:PORT]`; an IPv6 address loses its brackets.
-fn parse_authority(authority: &str) -> Result<(String, u16), UriError> {
+fn parse_authority(authority: &str) -> Result<(String, Option<u16>), UriError> {
+    if authority.is_empty() {
+        return Err(UriError::NoHost);
+    }
     let wrong = || UriError::Host(authority.to_owned());
     let (host, port) = if let Some(rest) = authority.strip_prefix('[') {
         let (address, rest) = rest.split_once(']').ok_or_else(wrong)?;
@@ -121,11 +138,13 @@ fn parse_authority(authority: &str) -> Result<(String, u16), UriError> {
         (host.to_owned(), port)
     };
     let port = match port {
-        None => DEFAULT_PORT,
-        Some(text) => parse_number(text)
-            .and_then(|port| u16::try_from(port).ok())
-            .filter(|&port| port != 0)
-            .ok_or_else(|| UriError::Port(text.to_owned()))?,
+        None => None,
+        Some(text) => Some(
+            parse_number(text)
+                .and_then(|port| u16::try_from(port).ok())
+                .filter(|&port| port != 0)
+                .ok_or_else(|| UriError::Port(text.to_owned()))?,
+        ),
     };
     Ok((host, port))
 }
@@ -155,14 +174,34 @@ fn parse_number(text: &str) -> Option<u32> {
     digits.then(|| text.parse().ok()).flatten()
 }
 
+fn after_scheme(text: &str) -> Result<&str, UriError> {
+    let (scheme, rest) = text.split_once("://").ok_or(UriError::Scheme)?;
+    match scheme.eq_ignore_ascii_case(SCHEME) {
+        true => Ok(rest),
+        false => Err(UriError::Scheme),
+    }
+}
+
+impl FromStr for DiscoveryUri {
+    type Err = UriError;
+
+    fn from_str(text: &str) -> Result<Self, UriError> {
+        let rest = after_scheme(text)?;
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let (authority, more) = rest.split_at(end);
+        if !matches!(more.strip_prefix('/'), Some("" | DISCOVERY_NQN)) && !more.is_empty() {
+            return Err(UriError::NotAlone(more.to_owned()));
+        }
+        let (host, port) = parse_authority(authority)?;
+        Ok(Self { host, port })
+    }
+}
+
 impl FromStr for Uri {
     type Err = UriError;
 
     fn from_str(text: &str) -> Result<Self, UriError> {
-        let (scheme, rest) = text.split_once("://").ok_or(UriError::Scheme)?;
-        if !scheme.eq_ignore_ascii_case(SCHEME) {
-            return Err(UriError::Scheme);
-        }
+        let rest = after_scheme(text)?;
         if rest.contains('#') {
             return Err(UriError::Fragment);
         }
@@ -171,10 +210,8 @@ impl FromStr for Uri {
             None => (rest, None),
         };
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
-        if authority.is_empty() {
-            return Err(UriError::NoHost);
-        }
         let (host, port) = parse_authority(authority)?;
+        let port = port.unwrap_or(IO_PORT);
         let subnqn = parse_subsystem(path)?;
         Ok(Self {
             target: TargetAddress { host, port, subnqn },
@@ -365,6 +402,28 @@ mod tests {
                 Err(UriError::Port(port.to_owned()))
             );
         }
+    }
+
+    #[test]
+    fn discovery_takes_a_host_alone() {
+        let discovery = |rest: &str| format!("nvme+tcp://{rest}").parse::<DiscoveryUri>();
+        for (rest, host, port) in [
+            ("storage.example", "storage.example", None),
+            ("10.0.0.1:8010/", "10.0.0.1", Some(8010)),
+            ("[fd00::1]", "fd00::1", None),
+            ("[fd00::1]:1", "fd00::1", Some(1)),
+            ("h/nqn.2014-08.org.nvmexpress.discovery", "h", None),
+        ] {
+            let host = host.to_owned();
+            assert_eq!(discovery(rest), Ok(DiscoveryUri { host, port }));
+        }
+        for more in [format!("/{NQN}"), "?nsid=1".to_owned(), "#x".to_owned()] {
+            let error = discovery(&format!("h{more}"));
+            assert_eq!(error, Err(UriError::NotAlone(more)));
+        }
+        assert_eq!(discovery(""), Err(UriError::NoHost));
+        assert_eq!(discovery("h:0"), Err(UriError::Port("0".to_owned())));
+        assert_eq!("h".parse::<DiscoveryUri>(), Err(UriError::Scheme));
     }
 
     #[test]

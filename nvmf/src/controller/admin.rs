@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
-use super::Limits;
+use super::Target;
 use super::association::Association;
+use super::discovery::{self, Viewpoint};
 use super::features::{Features, Value};
 use super::registers::Effect;
 use super::subsystem::Subsystem;
@@ -34,7 +35,8 @@ pub(super) enum Answer {
 pub(super) struct Admin<'a> {
     pub(super) association: &'a Association,
     pub(super) subsystem: &'a Subsystem,
-    pub(super) limits: &'a Limits,
+    pub(super) target: &'a Target,
+    pub(super) view: &'a Viewpoint,
     pub(super) features: &'a mut Features,
     /// Asynchronous Event Requests that are held.
     pub(super) held: usize,
@@ -56,22 +58,40 @@ impl Admin<'_> {
             return Err(Status::SEQUENCE_ERROR.do_not_retry());
         }
         self.association.mark();
+        let limits = &self.target.limits;
+        let is_discovery = self.subsystem.is_discovery();
         match sqe.opcode {
+            admin::IDENTIFY if is_discovery => discovery::identify(
+                sqe,
+                data_len,
+                self.subsystem,
+                self.association.cntlid(),
+                limits,
+            )
+            .map(Answer::Data),
+            admin::GET_LOG_PAGE if is_discovery => {
+                discovery::get_log_page(sqe, data_len, self.target, self.view).map(Answer::Data)
+            }
+            admin::SET_FEATURES | admin::GET_FEATURES
+                if is_discovery && !discovery::has_feature(sqe) =>
+            {
+                Err(Status::INVALID_FIELD.do_not_retry())
+            }
             admin::IDENTIFY => identify::identify(
                 sqe,
                 data_len,
                 self.subsystem,
                 self.association.cntlid(),
-                self.limits,
+                limits,
             )
             .map(Answer::Data),
             admin::GET_LOG_PAGE => {
                 let hours = self.since.elapsed().as_secs() / 3600;
-                log_page::get(sqe, data_len, self.subsystem, hours, self.limits).map(Answer::Data)
+                log_page::get(sqe, data_len, self.subsystem, hours, limits).map(Answer::Data)
             }
             admin::SET_FEATURES => self
                 .features
-                .set(sqe, self.association, self.subsystem, self.limits)
+                .set(sqe, self.association, self.subsystem, limits)
                 .map(|dw0| Answer::Result(u64::from(dw0))),
             admin::GET_FEATURES => self
                 .features
@@ -81,7 +101,7 @@ impl Admin<'_> {
                     Value::Data(data) => Answer::Data(data),
                 }),
             admin::KEEP_ALIVE => Ok(Answer::Result(0)),
-            admin::ASYNC_EVENT_REQUEST if self.held < usize::from(self.limits.async_events) => {
+            admin::ASYNC_EVENT_REQUEST if self.held < usize::from(limits.async_events) => {
                 Ok(Answer::Hold)
             }
             admin::ASYNC_EVENT_REQUEST => Err(Status::AER_LIMIT_EXCEEDED.do_not_retry()),

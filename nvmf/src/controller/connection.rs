@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use zerocopy::FromBytes;
 
 use super::association::Membership;
+use super::discovery::Viewpoint;
 use super::fabrics::{self, Refusal, Request};
 use super::lane::{Parts, TargetLane};
 use super::session::{Registration, Session};
@@ -34,6 +35,14 @@ const FIRST_QUEUE_SIZE: u32 = 4;
 const LINGER: Duration = Duration::from_secs(1);
 
 type Queue = Driven<dyn ControllerQueuePair>;
+
+/// How a connection came.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Arrival {
+    pub(super) peer: SocketAddr,
+    /// The listener serves I/O subsystems, and not discovery alone.
+    pub(super) serves_io: bool,
+}
 
 /// Why a connection came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -68,13 +77,17 @@ enum Accepted {
 pub(super) async fn serve(
     target: &Arc<Target>,
     stream: TcpStream,
-    peer: SocketAddr,
+    arrival: Arrival,
     permit: OwnedSemaphorePermit,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), Failure> {
     let deadline = Instant::now() + target.limits.handshake;
+    let Arrival { peer, serves_io } = arrival;
+    let local = stream
+        .local_addr()
+        .map_err(|error| Failure::Local(error.to_string()))?;
     let begun = tokio::select! {
-        begun = begin(target, stream, deadline) => begun?,
+        begun = begin(target, stream, serves_io, deadline) => begun?,
         _ = shutdown.wait_for(|&down| down) => return Ok(()),
     };
     match begun {
@@ -91,7 +104,12 @@ pub(super) async fn serve(
             if target.quota.allow() {
                 tracing::info!(%peer, %host, subsystem = %nqn, cntlid, "association begins");
             }
-            let end = Session::new(queue, registration, kato).run(shutdown).await;
+            let view = Viewpoint {
+                host: host.clone(),
+                local,
+            };
+            let session = Session::new(queue, registration, view, kato);
+            let end = session.run(shutdown).await;
             if target.quota.allow() {
                 tracing::info!(%peer, %host, subsystem = %nqn, cntlid, "association over: {end}");
             }
@@ -124,6 +142,7 @@ pub(super) async fn serve(
 async fn begin(
     target: &Arc<Target>,
     stream: TcpStream,
+    serves_io: bool,
     deadline: Instant,
 ) -> Result<(Queue, Accepted), Failure> {
     let connection = tcp::accept(stream, deadline).await?;
@@ -143,7 +162,7 @@ async fn begin(
     let mut queue = Driven::new(pair).map_err(|error| Failure::Local(error.to_string()))?;
     let first = timeout_at(deadline, first_command(&mut queue));
     let command = first.await.unwrap_or(Err(Failure::TimedOut))?;
-    let accepting = timeout_at(deadline, accept(target, &mut queue, &command));
+    let accepting = timeout_at(deadline, accept(target, &mut queue, serves_io, &command));
     match accepting.await.unwrap_or(Err(Failure::TimedOut))? {
         Ok(accepted) => Ok((queue, accepted)),
         Err(Refusal { status, result }) => {
@@ -187,6 +206,7 @@ async fn until_end(queue: &mut Queue) {
 async fn accept(
     target: &Arc<Target>,
     queue: &mut Queue,
+    serves_io: bool,
     command: &Command,
 ) -> Result<Result<Accepted, Refusal>, Failure> {
     let limits = &target.limits;
@@ -198,7 +218,7 @@ async fn accept(
         Ok(data) => data,
         Err(status) => return Ok(Err(status.into())),
     };
-    let admitted = fabrics::check_data(&connect, &data, target)
+    let admitted = fabrics::check_data(&connect, &data, target, serves_io)
         .and_then(|request| admit(target, &connect, request, limits));
     let (accepted, cntlid) = match admitted {
         Ok(admitted) => admitted,

@@ -14,7 +14,7 @@ use crate::spec::opcode::fabrics;
 use crate::spec::{Nqn, Sqe, Status};
 
 /// Largest admin queue in entries (Base, "Admin Submission Queue").
-const MAX_ADMIN_QUEUE: u32 = 4096;
+pub(super) const MAX_ADMIN_QUEUE: u32 = 4096;
 
 /// The answer to a Connect that is not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,7 +79,7 @@ pub(super) struct Request {
     cntlid: u16,
 }
 
-/// Checks the data of a Connect.
+/// Checks the data of a Connect. Without `serves_io`, discovery is all that there is.
 ///
 /// # Errors
 /// What to answer.
@@ -87,6 +87,7 @@ pub(super) fn check_data(
     connect: &Connect,
     data: &ConnectData,
     target: &Target,
+    serves_io: bool,
 ) -> Result<Request, Refusal> {
     if data.hostid == [0; 16] {
         return Err(invalid(connect_offset::DATA_HOSTID, true));
@@ -103,10 +104,14 @@ pub(super) fn check_data(
         Nqn::from_field(&data.subnqn).map_err(|_| invalid(connect_offset::DATA_SUBNQN, true))?;
     let hostnqn =
         Nqn::from_field(&data.hostnqn).map_err(|_| invalid(connect_offset::DATA_HOSTNQN, true))?;
-    let mut subsystems = target.subsystems.iter();
+    let io = target.subsystems.iter().filter(|_| serves_io);
+    let mut subsystems = io.chain([&target.discovery]);
     let subsystem = subsystems
         .find(|subsystem| *subsystem.nqn() == subnqn)
         .ok_or(invalid(connect_offset::DATA_SUBNQN, true))?;
+    if subsystem.is_discovery() && connect.qid != 0 {
+        return Err(invalid(connect_offset::QID, false));
+    }
     if !subsystem.allows(&hostnqn) {
         return Err(Status::CONNECT_INVALID_HOST.do_not_retry().into());
     }

@@ -33,7 +33,7 @@ pub(super) fn firmware() -> [u8; 8] {
 }
 
 /// A space-padded ASCII field.
-fn padded<const N: usize>(text: &str) -> [u8; N] {
+pub(super) fn padded<const N: usize>(text: &str) -> [u8; N] {
     let mut field = [b' '; N];
     let len = text.len().min(N);
     field[..len].copy_from_slice(&text.as_bytes()[..len]);
@@ -95,7 +95,11 @@ fn active(subsystem: &Subsystem, nsid: u32) -> Result<Option<&Namespace>, Status
     Ok(found.map(|at| &subsystem.namespaces()[at]))
 }
 
-fn controller(subsystem: &Subsystem, cntlid: u16, limits: &Limits) -> IdentifyController {
+pub(super) fn controller(
+    subsystem: &Subsystem,
+    cntlid: u16,
+    limits: &Limits,
+) -> IdentifyController {
     let mut id = IdentifyController::new_zeroed();
     id.sn = padded(subsystem.serial());
     id.mn = padded("vhost-nvmf");

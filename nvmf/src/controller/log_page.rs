@@ -3,38 +3,37 @@
 use super::Limits;
 use super::identify::firmware;
 use super::subsystem::Subsystem;
+use crate::spec::log::{GetLogPage, lid};
 use crate::spec::opcode::{admin, nvm};
 use crate::spec::{Sqe, Status};
-
-/// Log page identifiers that are supported.
-pub(super) mod lid {
-    pub(in super::super) const SUPPORTED: u8 = 0x00;
-    pub(in super::super) const ERROR: u8 = 0x01;
-    pub(in super::super) const HEALTH: u8 = 0x02;
-    pub(in super::super) const FIRMWARE: u8 = 0x03;
-    pub(in super::super) const EFFECTS: u8 = 0x05;
-}
 
 /// Bytes of a data unit in the health log.
 const DATA_UNIT: u64 = 512 * 1000;
 
-/// A request for part of a log page.
-struct Request {
-    lid: u8,
-    offset: u64,
-    len: u64,
+/// Reads a Get Log Page and checks it, before anything is allocated for its answer.
+///
+/// # Errors
+/// The status to answer with.
+pub(super) fn request(sqe: &Sqe, data_len: u32, limits: &Limits) -> Result<GetLogPage, Status> {
+    let request = GetLogPage::from_sqe(sqe);
+    let bound = u64::from(data_len.min(limits.max_transfer));
+    if !request.offset.is_multiple_of(4) || request.len > bound {
+        return Err(Status::INVALID_FIELD.do_not_retry());
+    }
+    Ok(request)
 }
 
-impl Request {
-    fn from_sqe(sqe: &Sqe) -> Self {
-        let numd = u64::from(sqe.cdw10.get() >> 16) | u64::from(sqe.cdw11.get() & 0xffff) << 16;
-        Self {
-            lid: sqe.cdw10.get() as u8,
-            offset: u64::from(sqe.cdw12.get()) | u64::from(sqe.cdw13.get()) << 32,
-            // Zero-based dwords.
-            len: (numd + 1) * 4,
-        }
+/// The part of a page that a request means, zeroes after the end of the page.
+///
+/// # Errors
+/// The status to answer with.
+pub(super) fn part(mut page: Vec<u8>, request: GetLogPage) -> Result<Vec<u8>, Status> {
+    if request.offset >= page.len() as u64 {
+        return Err(Status::INVALID_FIELD.do_not_retry());
     }
+    page.drain(..request.offset as usize);
+    page.resize(request.len as usize, 0);
+    Ok(page)
 }
 
 /// Answers Get Log Page: as many bytes as it asks for, zeroes after the end of the page.
@@ -48,13 +47,7 @@ pub(super) fn get(
     hours: u64,
     limits: &Limits,
 ) -> Result<Vec<u8>, Status> {
-    let invalid = Err(Status::INVALID_FIELD.do_not_retry());
-    let request = Request::from_sqe(sqe);
-    // Everything is checked before anything is allocated.
-    let bound = u64::from(data_len.min(limits.max_transfer));
-    if !request.offset.is_multiple_of(4) || request.len > bound {
-        return invalid;
-    }
+    let request = request(sqe, data_len, limits)?;
     let page = match request.lid {
         lid::SUPPORTED => supported(),
         // No error is ever recorded, so every entry, at any offset, is an empty one.
@@ -62,15 +55,9 @@ pub(super) fn get(
         lid::HEALTH => health(subsystem, hours),
         lid::FIRMWARE => firmware_slots(),
         lid::EFFECTS => effects(),
-        _ => return invalid,
+        _ => return Err(Status::INVALID_FIELD.do_not_retry()),
     };
-    if request.offset >= page.len() as u64 {
-        return invalid;
-    }
-    let mut part = page;
-    part.drain(..request.offset as usize);
-    part.resize(request.len as usize, 0);
-    Ok(part)
+    part(page, request)
 }
 
 /// Supported Log Pages (Base 2.0): a dword for each identifier.

@@ -18,6 +18,7 @@ mod association;
 mod buffers;
 mod compare;
 mod connection;
+mod discovery;
 mod fabrics;
 mod features;
 mod identify;
@@ -31,8 +32,8 @@ mod registers;
 mod session;
 mod subsystem;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::backend::Engine;
@@ -67,6 +68,9 @@ pub struct Limits {
     pub handshake: Duration,
     /// Time that an association may stay disabled, from Connect, reset or shutdown on.
     pub disabled: Duration,
+    /// Time that a host without a keep-alive may be silent to a discovery controller (Base,
+    /// "Discovery controller activity timeout").
+    pub discovery_idle: Duration,
     /// Staging memory of one lane in bytes, at least twice `max_transfer`: a Compare takes that.
     pub lane_buffers: usize,
     /// How file backends reach the kernel.
@@ -85,6 +89,7 @@ impl Default for Limits {
             async_events: 16,
             handshake: Duration::from_secs(10),
             disabled: Duration::from_secs(120),
+            discovery_idle: Duration::from_secs(120),
             lane_buffers: 8 << 20,
             engine: Engine::Auto,
         }
@@ -101,7 +106,7 @@ pub trait LaneHost: Send + Sync {
 /// Why a set of subsystems is no target.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
-    /// Two subsystems have one name.
+    /// Two subsystems have one name; the discovery subsystem, which every target has, is one.
     #[error("two subsystems are named {0}; every subsystem needs a name of its own")]
     DuplicateNqn(Nqn),
     /// A limit cannot be promised.
@@ -112,6 +117,9 @@ pub enum TargetError {
 /// Subsystems and what bounds their use: shared by every port.
 pub struct Target {
     subsystems: Vec<Arc<Subsystem>>,
+    /// The subsystem that lists the others.
+    discovery: Arc<Subsystem>,
+    listeners: Mutex<discovery::Listeners>,
     limits: Limits,
     registry: Arc<Registry>,
     lanes: Arc<dyn LaneHost>,
@@ -121,7 +129,7 @@ pub struct Target {
 }
 
 impl Target {
-    /// A target of these subsystems.
+    /// A target of these subsystems, and of a discovery subsystem that lists them.
     ///
     /// # Errors
     /// [`TargetError`].
@@ -133,13 +141,17 @@ impl Target {
     ) -> Result<Self, TargetError> {
         for (index, subsystem) in subsystems.iter().enumerate() {
             let mut before = subsystems[..index].iter();
-            if before.any(|other| other.nqn() == subsystem.nqn()) {
+            if subsystem.is_discovery() || before.any(|other| other.nqn() == subsystem.nqn()) {
                 return Err(TargetError::DuplicateNqn(subsystem.nqn().clone()));
             }
         }
         check(&limits)?;
+        let serial = subsystems.first().map_or("1", Subsystem::serial);
+        let discovery = Subsystem::new(Nqn::discovery(), serial);
         Ok(Self {
             subsystems: subsystems.into_iter().map(Arc::new).collect(),
+            discovery: Arc::new(discovery),
+            listeners: Mutex::default(),
             limits,
             registry,
             lanes,

@@ -11,7 +11,10 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::connection::Arrival;
+use super::discovery::Listed;
 use super::{Target, connection};
+use crate::spec::discovery::DISCOVERY_PORT;
 
 /// Time for associations to end when the target shuts down.
 const FAREWELL: Duration = Duration::from_millis(800);
@@ -48,7 +51,12 @@ impl BindError {
 /// Listening sockets of a target.
 pub struct Port {
     target: Arc<Target>,
-    listeners: Vec<TcpListener>,
+    listeners: Vec<Listener>,
+}
+
+struct Listener {
+    socket: TcpListener,
+    listed: Listed,
 }
 
 impl Port {
@@ -57,17 +65,54 @@ impl Port {
     /// # Errors
     /// [`BindError`] for the first address that cannot be had; none stays bound then.
     pub async fn bind(target: Arc<Target>, addresses: &[SocketAddr]) -> Result<Self, BindError> {
-        let mut listeners = Vec::new();
+        let mut port = Self {
+            target,
+            listeners: Vec::new(),
+        };
         for &address in addresses {
-            let bound = TcpListener::bind(address).await;
-            listeners.push(bound.map_err(|error| BindError::new(address, error))?);
+            port.listen(address, true).await?;
         }
-        Ok(Self { target, listeners })
+        Ok(port)
     }
 
-    /// The addresses that are listened on, with the ports that the system chose for 0.
+    /// Listens for discovery, and nothing else, also on port 8009 of every address that is listened
+    /// on. A port that cannot be had there is logged: discovery is served on the others, too.
+    pub async fn add_discovery(&mut self) {
+        for mut address in self.local_addrs() {
+            address.set_port(DISCOVERY_PORT);
+            if self.addresses(|_| true).contains(&address) {
+                continue;
+            }
+            match self.listen(address, false).await {
+                Ok(()) => tracing::info!(%address, "listening for discovery, too"),
+                Err(error) => tracing::info!("no discovery there: {error}"),
+            }
+        }
+    }
+
+    async fn listen(&mut self, address: SocketAddr, serves_io: bool) -> Result<(), BindError> {
+        let failed = |error| BindError::new(address, error);
+        let socket = TcpListener::bind(address).await.map_err(failed)?;
+        let local = socket.local_addr().map_err(failed)?;
+        let listed = Listed::new(&self.target, local, serves_io);
+        self.listeners.push(Listener { socket, listed });
+        Ok(())
+    }
+
+    /// The addresses where the subsystems are, with the ports that the system chose for 0.
     pub fn local_addrs(&self) -> Vec<SocketAddr> {
-        let addresses = self.listeners.iter().map(TcpListener::local_addr);
+        self.addresses(|listed| listed.serves_io)
+    }
+
+    /// The addresses where there is discovery alone.
+    pub fn discovery_addrs(&self) -> Vec<SocketAddr> {
+        self.addresses(|listed| !listed.serves_io)
+    }
+
+    fn addresses(&self, which: impl Fn(&Listed) -> bool) -> Vec<SocketAddr> {
+        let listeners = self.listeners.iter();
+        let wanted = listeners.filter(|listener| which(&listener.listed));
+        let addresses = wanted.map(|listener| listener.socket.local_addr());
         addresses.filter_map(Result::ok).collect()
     }
 
@@ -87,7 +132,7 @@ impl Port {
                 () = &mut shutdown => break,
                 Some(_) = tasks.running.join_next(), if !tasks.running.is_empty() => {}
                 accepted = accept(&self.listeners) => match accepted {
-                    Ok((stream, peer)) => tasks.admit(stream, peer),
+                    Ok((stream, arrival)) => tasks.admit(stream, arrival),
                     Err(error) => {
                         if tasks.target.quota.allow() {
                             tracing::warn!(%error, "a connection could not be accepted");
@@ -109,11 +154,13 @@ impl Port {
     }
 }
 
-async fn accept(listeners: &[TcpListener]) -> io::Result<(TcpStream, SocketAddr)> {
+async fn accept(listeners: &[Listener]) -> io::Result<(TcpStream, Arrival)> {
     std::future::poll_fn(|cx| {
         for listener in listeners {
-            if let Poll::Ready(accepted) = listener.poll_accept(cx) {
-                return Poll::Ready(accepted);
+            if let Poll::Ready(accepted) = listener.socket.poll_accept(cx) {
+                let serves_io = listener.listed.serves_io;
+                let arrived = |(stream, peer)| (stream, Arrival { peer, serves_io });
+                return Poll::Ready(accepted.map(arrived));
             }
         }
         Poll::Pending
@@ -131,7 +178,8 @@ struct Tasks {
 }
 
 impl Tasks {
-    fn admit(&mut self, stream: TcpStream, peer: SocketAddr) {
+    fn admit(&mut self, stream: TcpStream, arrival: Arrival) {
+        let peer = arrival.peer;
         let target = Arc::clone(&self.target);
         let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
             if target.quota.allow() {
@@ -141,7 +189,7 @@ impl Tasks {
         };
         let shutdown = self.shutdown.clone();
         self.running.spawn(async move {
-            let served = connection::serve(&target, stream, peer, permit, shutdown).await;
+            let served = connection::serve(&target, stream, arrival, permit, shutdown).await;
             if let Err(failure) = served
                 && target.quota.allow()
             {

@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use super::Target;
 use super::admin::{Admin, Answer};
 use super::association::Association;
+use super::discovery::Viewpoint;
 use super::features::Features;
 use super::registers::Effect;
 use super::subsystem::Subsystem;
@@ -67,6 +68,7 @@ enum Closing {
 pub(super) struct Session {
     queue: Driven<dyn ControllerQueuePair>,
     registration: Registration,
+    view: Viewpoint,
     features: Features,
     held: VecDeque<CommandTag>,
     /// Bytes of answers that were not sent yet.
@@ -82,12 +84,14 @@ impl Session {
     pub(super) fn new(
         queue: Driven<dyn ControllerQueuePair>,
         registration: Registration,
+        view: Viewpoint,
         kato: u32,
     ) -> Self {
         let disabled = registration.target.limits.disabled;
         Self {
             queue,
             registration,
+            view,
             features: Features::new(kato),
             held: VecDeque::new(),
             unsent: 0,
@@ -154,7 +158,8 @@ impl Session {
         let mut admin = Admin {
             association,
             subsystem,
-            limits: &target.limits,
+            target,
+            view: &self.view,
             features: &mut self.features,
             held: self.held.len(),
             since: self.since,
@@ -245,13 +250,25 @@ impl Session {
         self.restart_clock();
     }
 
+    /// How long the host may be silent; `None` for as long as it likes, which is not with a
+    /// discovery controller.
+    fn keep_alive(&self) -> Option<Duration> {
+        let Registration {
+            subsystem, target, ..
+        } = &self.registration;
+        let idle = subsystem
+            .is_discovery()
+            .then_some(target.limits.discovery_idle);
+        self.features.keep_alive().or(idle)
+    }
+
     /// Begins a new period: of keep-alive while enabled, of grace while not.
     fn restart_clock(&mut self) {
         let association = &self.registration.association;
         association.mark();
         let (enabled, closing) =
             association.registers(|registers| (registers.is_enabled(), registers.is_closing()));
-        let period = match self.features.keep_alive() {
+        let period = match self.keep_alive() {
             // The work is ours: the host has nothing to do but wait.
             _ if closing => NEVER,
             _ if !enabled => self.registration.target.limits.disabled,
@@ -268,7 +285,7 @@ impl Session {
         if !association.registers(|registers| registers.is_enabled()) {
             return Some(End::Disabled(self.registration.target.limits.disabled));
         }
-        let keep_alive = self.features.keep_alive().unwrap_or(NEVER);
+        let keep_alive = self.keep_alive().unwrap_or(NEVER);
         if !association.take_mark() {
             return Some(End::KeepAlive(keep_alive));
         }

@@ -10,6 +10,7 @@ use super::association::Association;
 use crate::backend::Backend;
 use crate::spec::Nqn;
 use crate::spec::fabrics::CNTLID_MAX;
+use crate::spec::nqn::DISCOVERY_NQN;
 
 /// Largest NSID that a subsystem gives out.
 pub(super) const MAX_NSID: u32 = 1024;
@@ -138,6 +139,11 @@ impl Subsystem {
     pub(super) fn has_volatile_cache(&self) -> bool {
         let mut all = self.namespaces.iter();
         all.any(|ns| ns.backend.geometry().volatile_cache)
+    }
+
+    /// True for the subsystem that lists the others.
+    pub(super) fn is_discovery(&self) -> bool {
+        self.nqn.as_str() == DISCOVERY_NQN
     }
 
     pub(super) fn allows(&self, host: &Nqn) -> bool {

@@ -15,7 +15,7 @@ use super::enable::{enable, read_capabilities, shut_down};
 use super::error::{HostError, Loss};
 use super::identify::{ControllerInfo, identify_controller};
 use super::keepalive::KeepAlive;
-use super::namespace::{NamespaceInfo, NamespaceSelector};
+use super::namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector};
 use super::options::HostOptions;
 use super::survey::Survey;
 use crate::spec::fabrics::CNTLID_DYNAMIC;
@@ -201,6 +201,15 @@ impl Association {
         Ok(usable)
     }
 
+    /// All active namespaces by ascending NSID, also those that cannot be served.
+    ///
+    /// # Errors
+    /// As [`Self::namespaces`].
+    pub async fn list_namespaces(&self) -> Result<Vec<ListedNamespace>, HostError> {
+        let found = self.survey(async |survey| survey.all().await).await?;
+        Ok(found.into_iter().map(ListedNamespace::from).collect())
+    }
+
     /// Finds one namespace.
     ///
     /// # Errors
@@ -319,7 +328,7 @@ impl Association {
 ///
 /// The admin queue takes Connect's data in its capsule. A Linux target whose port is set to take no
 /// data in-capsule does not, and says that the offset is invalid: it gets them when it asks for them.
-async fn connect_admin(
+pub(super) async fn connect_admin(
     dial: &impl Dial,
     parties: Parties<'_>,
     kato: u32,

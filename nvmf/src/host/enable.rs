@@ -15,16 +15,30 @@ const PAGE_MAX: u64 = 64 << 10;
 const CC_KNOWN: u32 = 0x00ff_fff1;
 /// CC.CSS for the NVM command set, and for all that the controller supports.
 const CSS_ALL: u32 = 6 << 4;
+/// CC.CSS for a controller without any.
+const CSS_ADMIN: u32 = 7 << 4;
 /// First and longest pause between two looks at CSTS.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
 
 /// Reads CAP, and refuses what no controller that we can use would say.
 pub(super) async fn read_capabilities(admin: &Admin) -> Result<Cap, HostError> {
+    read_checked(admin, check_capabilities).await
+}
+
+/// As [`read_capabilities`], of a controller without I/O queues.
+pub(super) async fn read_discovery_capabilities(admin: &Admin) -> Result<Cap, HostError> {
+    read_checked(admin, check_pages).await
+}
+
+async fn read_checked(
+    admin: &Admin,
+    check: fn(Cap) -> Result<(), String>,
+) -> Result<Cap, HostError> {
     let cap = admin
         .property("Property Get of CAP", offset::CAP, PropertySize::Eight)
         .await?;
     let cap = Cap(cap);
-    check_capabilities(cap).map_err(|reason| HostError::Unusable {
+    check(cap).map_err(|reason| HostError::Unusable {
         at: admin.at(),
         reason,
     })?;
@@ -35,6 +49,13 @@ fn check_capabilities(cap: Cap) -> Result<(), String> {
     if !cap.supports_nvm() {
         return Err("it does not support the NVM command set".to_owned());
     }
+    if cap.max_queue_entries() < 2 {
+        return Err("its queues have one entry; two are the least (CAP.MQES)".to_owned());
+    }
+    check_pages(cap)
+}
+
+fn check_pages(cap: Cap) -> Result<(), String> {
     if cap.mps_min() > cap.mps_max() {
         return Err(format!(
             "its smallest page, {} bytes, is larger than its largest, {} bytes",
@@ -47,9 +68,6 @@ fn check_capabilities(cap: Cap) -> Result<(), String> {
             "its smallest page is {} bytes; {PAGE_MAX} is the most that is supported",
             cap.mps_min()
         ));
-    }
-    if cap.max_queue_entries() < 2 {
-        return Err("its queues have one entry; two are the least (CAP.MQES)".to_owned());
     }
     Ok(())
 }
@@ -78,8 +96,10 @@ fn configuration(before: Cc, cap: Cap) -> Cc {
     let page_shift = cap.mps_min().trailing_zeros() - 12;
     let css = if cap.0 & Cap::CSS_NVM != 0 {
         0
-    } else {
+    } else if cap.supports_nvm() {
         CSS_ALL
+    } else {
+        CSS_ADMIN
     };
     Cc(before.0 & !CC_KNOWN | Cc::enable(page_shift).0 | css)
 }

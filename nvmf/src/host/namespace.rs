@@ -162,6 +162,34 @@ fn set<const N: usize>(id: [u8; N]) -> Option<[u8; N]> {
     (id != [0; N]).then_some(id)
 }
 
+/// An active namespace, whether or not it can be served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedNamespace {
+    /// Namespace ID.
+    pub nsid: u32,
+    /// UUID.
+    pub uuid: Option<Uuid>,
+    /// NGUID.
+    pub nguid: Option<[u8; 16]>,
+    /// EUI-64.
+    pub eui64: Option<[u8; 8]>,
+    /// What can be served, or what is in the way.
+    pub info: Result<NamespaceInfo, String>,
+}
+
+impl From<Found> for ListedNamespace {
+    fn from(found: Found) -> Self {
+        let Found { nsid, ids, info } = found;
+        Self {
+            nsid,
+            uuid: ids.uuid,
+            nguid: ids.nguid,
+            eui64: ids.eui64,
+            info,
+        }
+    }
+}
+
 /// An active namespace, as it was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Found {

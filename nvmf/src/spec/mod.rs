@@ -6,9 +6,11 @@
 //! into ordinary counts.
 
 pub mod cqe;
+pub mod discovery;
 pub mod fabrics;
 pub mod feature;
 pub mod identify;
+pub mod log;
 pub mod nqn;
 pub mod opcode;
 pub mod property;

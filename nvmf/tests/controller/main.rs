@@ -9,6 +9,7 @@
 mod admin;
 mod capture;
 mod connect;
+mod discovery;
 mod io;
 mod rig;
 mod session;

@@ -138,12 +138,21 @@ impl Rig {
     }
 
     pub async fn with(subsystem: Subsystem, limits: Limits) -> Self {
-        let registry = Arc::new(Registry::with_defaults());
-        let worker = Arc::new(Worker::start());
-        let target = Target::new(vec![subsystem], limits, registry, worker).unwrap();
-        let target = Arc::new(target);
+        let target = Self::target(subsystem, limits);
         let any = ["127.0.0.1:0".parse().unwrap()];
         let port = Port::bind(Arc::clone(&target), &any).await.unwrap();
+        Self::serve(target, port)
+    }
+
+    /// A target that is not served yet.
+    pub fn target(subsystem: Subsystem, limits: Limits) -> Arc<Target> {
+        let registry = Arc::new(Registry::with_defaults());
+        let worker = Arc::new(Worker::start());
+        Arc::new(Target::new(vec![subsystem], limits, registry, worker).unwrap())
+    }
+
+    /// Serves a target on a port of its.
+    pub fn serve(target: Arc<Target>, port: Port) -> Self {
         let address = port.local_addrs()[0];
         let (shutdown, down) = oneshot::channel();
         let served = tokio::spawn(port.serve(async {

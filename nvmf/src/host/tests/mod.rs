@@ -2,6 +2,7 @@
 
 mod bring_up;
 mod connect;
+mod discovery;
 mod liveness;
 mod namespaces;
 
