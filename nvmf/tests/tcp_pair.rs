@@ -85,9 +85,13 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        state as u8
+        state.to_le_bytes()
     };
-    (0..len).map(|_| next()).collect()
+    let mut bytes = vec![0; len];
+    for piece in bytes.chunks_mut(8) {
+        piece.copy_from_slice(&next()[..piece.len()]);
+    }
+    bytes
 }
 
 /// A controller that keeps what was written under NSID and gives it back.
