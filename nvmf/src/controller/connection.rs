@@ -21,9 +21,9 @@ use crate::spec::fabrics::{CATTR_DISABLE_SQ_FLOW, Connect, ConnectData};
 use crate::spec::{Cqe, Nqn, Status, trtype};
 use crate::transport::drive::Driven;
 use crate::transport::registry::Lease;
-use crate::transport::tcp;
 use crate::transport::{
-    Command, CommandTag, ControllerEvent, ControllerQueuePair, Lane, QueueParams,
+    Command, CommandTag, Connection, ControllerEvent, ControllerQueuePair, Lane, QueueParams,
+    Ready, loopback, tcp,
 };
 
 /// In-capsule data that an admin queue takes, in bytes; the same for every NVMe/TCP controller.
@@ -34,6 +34,30 @@ const FIRST_QUEUE_SIZE: u32 = 4;
 const LINGER: Duration = Duration::from_secs(1);
 
 type Queue = Driven<dyn ControllerQueuePair>;
+
+/// A connection on which nothing was said yet.
+pub(super) enum Incoming {
+    Tcp(TcpStream, SocketAddr),
+    Loopback(loopback::Connection),
+}
+
+impl Incoming {
+    /// Who is at the other end, for the log.
+    pub(super) fn peer(&self) -> String {
+        match self {
+            Self::Tcp(_, peer) => peer.to_string(),
+            Self::Loopback(_) => "this process".to_owned(),
+        }
+    }
+
+    /// What has to be agreed before the first command.
+    async fn negotiate(self, deadline: Instant) -> Result<(u8, Connection), Failure> {
+        Ok(match self {
+            Self::Tcp(stream, _) => (trtype::TCP, tcp::accept(stream, deadline).await?.into()),
+            Self::Loopback(connection) => (trtype::INTRA_HOST, connection.into()),
+        })
+    }
+}
 
 /// Why a connection came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -67,14 +91,14 @@ enum Accepted {
 /// Serves a connection: until its queue is handed off, or its association is over.
 pub(super) async fn serve(
     target: &Arc<Target>,
-    stream: TcpStream,
-    peer: SocketAddr,
+    incoming: Incoming,
     permit: OwnedSemaphorePermit,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), Failure> {
+    let peer = incoming.peer();
     let deadline = Instant::now() + target.limits.handshake;
     let begun = tokio::select! {
-        begun = begin(target, stream, deadline) => begun?,
+        begun = begin(target, incoming, deadline) => begun?,
         _ = shutdown.wait_for(|&down| down) => return Ok(()),
     };
     match begun {
@@ -123,10 +147,10 @@ pub(super) async fn serve(
 /// ICReq, ICResp and Connect, all before the deadline.
 async fn begin(
     target: &Arc<Target>,
-    stream: TcpStream,
+    incoming: Incoming,
     deadline: Instant,
 ) -> Result<(Queue, Accepted), Failure> {
-    let connection = tcp::accept(stream, deadline).await?;
+    let (trtype, connection) = incoming.negotiate(deadline).await?;
     let params = QueueParams {
         // Not known before the Connect is read; both kinds take as much in a capsule.
         admin: true,
@@ -138,7 +162,7 @@ async fn begin(
     };
     let pair = target
         .registry
-        .open_controller(trtype::TCP, params)
+        .open_controller(trtype, params)
         .map_err(|error| Failure::Local(error.to_string()))?;
     let mut queue = Driven::new(pair).map_err(|error| Failure::Local(error.to_string()))?;
     let first = timeout_at(deadline, first_command(&mut queue));
@@ -209,6 +233,11 @@ async fn accept(
     queue.pair().set_sq_flow_control(flow_control, queue_size);
     let cqe = Cqe::with_result(0, u64::from(cntlid));
     queue.pair().respond(command.tag, cqe);
+    // The host may be waiting for this before it has the queue driven at all.
+    queue.pair().flush(&mut Ready {
+        readable: false,
+        writable: true,
+    });
     Ok(Ok(accepted))
 }
 

@@ -11,7 +11,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::{Target, connection};
+use super::Target;
+use super::connection::{self, Incoming};
+use crate::transport::loopback;
 
 /// Time for associations to end when the target shuts down.
 const FAREWELL: Duration = Duration::from_millis(800);
@@ -74,20 +76,14 @@ impl Port {
     /// Serves hosts until `shutdown` is ready, then ends all associations and returns within a
     /// second.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) {
-        let (down, seen) = watch::channel(false);
-        let mut tasks = Tasks {
-            connections: Arc::new(Semaphore::new(self.target.limits.max_connections)),
-            target: self.target,
-            shutdown: seen,
-            running: JoinSet::new(),
-        };
+        let mut tasks = Tasks::new(self.target);
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
                 Some(_) = tasks.running.join_next(), if !tasks.running.is_empty() => {}
                 accepted = accept(&self.listeners) => match accepted {
-                    Ok((stream, peer)) => tasks.admit(stream, peer),
+                    Ok((stream, peer)) => tasks.admit(Incoming::Tcp(stream, peer)),
                     Err(error) => {
                         if tasks.target.quota.allow() {
                             tracing::warn!(%error, "a connection could not be accepted");
@@ -101,11 +97,40 @@ impl Port {
             }
         }
         drop(self.listeners);
-        down.send_replace(true);
-        let all = async { while tasks.running.join_next().await.is_some() {} };
-        if timeout(FAREWELL, all).await.is_err() {
-            tracing::warn!("some associations did not end in time");
+        tasks.end().await;
+    }
+}
+
+/// Where hosts of this process connect, over the loopback transport.
+pub struct LocalPort {
+    target: Arc<Target>,
+    listener: loopback::Listener,
+}
+
+impl LocalPort {
+    /// Of a target.
+    pub fn new(target: Arc<Target>, listener: loopback::Listener) -> Self {
+        Self { target, listener }
+    }
+
+    /// As [`Port::serve`].
+    pub async fn serve(mut self, shutdown: impl Future<Output = ()>) {
+        let mut tasks = Tasks::new(self.target);
+        let mut shutdown = std::pin::pin!(shutdown);
+        let mut reachable = true;
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                Some(_) = tasks.running.join_next(), if !tasks.running.is_empty() => {}
+                accepted = self.listener.accept(), if reachable => match accepted {
+                    Some(connection) => tasks.admit(Incoming::Loopback(connection)),
+                    // What is connected goes on.
+                    None => reachable = false,
+                },
+            }
         }
+        drop(self.listener);
+        tasks.end().await;
     }
 }
 
@@ -125,23 +150,45 @@ async fn accept(listeners: &[TcpListener]) -> io::Result<(TcpStream, SocketAddr)
 struct Tasks {
     target: Arc<Target>,
     connections: Arc<Semaphore>,
-    shutdown: watch::Receiver<bool>,
+    shutdown: watch::Sender<bool>,
     /// Aborted when dropped.
     running: JoinSet<()>,
 }
 
 impl Tasks {
-    fn admit(&mut self, stream: TcpStream, peer: SocketAddr) {
+    fn new(target: Arc<Target>) -> Self {
+        Self {
+            connections: Arc::new(Semaphore::new(target.limits.max_connections)),
+            target,
+            shutdown: watch::channel(false).0,
+            running: JoinSet::new(),
+        }
+    }
+
+    /// Ends all associations, within a second.
+    async fn end(mut self) {
+        self.shutdown.send_replace(true);
+        let all = async { while self.running.join_next().await.is_some() {} };
+        if timeout(FAREWELL, all).await.is_err() {
+            tracing::warn!("some associations did not end in time");
+        }
+    }
+
+    fn admit(&mut self, incoming: Incoming) {
         let target = Arc::clone(&self.target);
         let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
             if target.quota.allow() {
-                tracing::warn!(%peer, "connection dropped: there are too many");
+                tracing::warn!(
+                    peer = incoming.peer(),
+                    "connection dropped: there are too many"
+                );
             }
             return;
         };
-        let shutdown = self.shutdown.clone();
+        let shutdown = self.shutdown.subscribe();
         self.running.spawn(async move {
-            let served = connection::serve(&target, stream, peer, permit, shutdown).await;
+            let peer = incoming.peer();
+            let served = connection::serve(&target, incoming, permit, shutdown).await;
             if let Err(failure) = served
                 && target.quota.allow()
             {
