@@ -20,7 +20,9 @@ use crate::logging::{LogFormat, LogOptions};
 /// What the vhost-user specification's back-end program conventions call the capabilities of a
 /// block back-end.
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only"]}"#;
-const SUBCOMMANDS: [&str; 5] = ["attach", "export", "discover", "identify", "list-ns"];
+const SUBCOMMANDS: [&str; 6] = [
+    "attach", "serve", "export", "discover", "identify", "list-ns",
+];
 const PRINT_CAPABILITIES: &str = "--print-capabilities";
 
 /// What the command line asks for.
@@ -30,6 +32,8 @@ pub(crate) enum Invocation {
     Print(String),
     /// Serve a remote namespace as a disk.
     Attach(LogOptions, Box<AttachArgs>),
+    /// Serve storage of this machine as a disk.
+    Serve(LogOptions, Box<ServeArgs>),
     /// Export storage to other hosts.
     Export(LogOptions, ExportArgs),
     /// Show what a controller says.
@@ -69,6 +73,8 @@ struct CommandLine {
 enum Command {
     /// Serve a namespace of a remote controller as a vhost-user-blk disk
     Attach(Box<AttachArgs>),
+    /// Serve a file, block device or memory of this machine as a vhost-user-blk disk
+    Serve(Box<ServeArgs>),
     /// Export files, block devices and memory as namespaces over NVMe/TCP
     Export(ExportArgs),
     /// List the subsystems that a host offers over NVMe/TCP
@@ -166,6 +172,38 @@ pub(crate) struct AttachArgs {
     pub(crate) uri: Uri,
 }
 
+/// Options of `serve`.
+#[derive(Debug, Args)]
+#[command(after_help = SERVE_EXAMPLES)]
+pub(crate) struct ServeArgs {
+    /// Unix socket for the VMM to connect to
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket_path: PathBuf,
+    /// Queues on offer to the guest: at least its vCPUs
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = limits::DEFAULT_NUM_QUEUES,
+        value_parser = value_parser!(u16).range(limits::NUM_QUEUES)
+    )]
+    pub(crate) num_queues: u16,
+    /// Serial that the guest reads, at most 20 characters [default: from the UUID]
+    #[arg(long, value_name = "S")]
+    pub(crate) serial: Option<Serial>,
+    /// Offer a read-only disk
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Lanes that work on requests, each with an I/O queue pair [default: as many as CPUs]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(limits::NR_IO_QUEUES))]
+    pub(crate) nr_io_queues: Option<u16>,
+    /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with [,block-size=512|4096][,uuid=U]
+    #[arg(
+        value_name = "SPEC",
+        value_parser = OsStringValueParser::new().try_map(|text| Spec::parse(&text))
+    )]
+    pub(crate) spec: Spec,
+}
+
 /// Options of `export`.
 #[derive(Debug, Args)]
 #[command(after_help = EXPORT_EXAMPLES)]
@@ -185,7 +223,7 @@ pub(crate) struct ExportArgs {
     /// Host that may connect; may be given several times [default: any]
     #[arg(long, value_name = "NQN")]
     pub(crate) allow_host: Vec<Nqn>,
-    /// PATH, file:PATH[,ro] or ram:SIZE, each with [,block-size=512|4096][,uuid=U]
+    /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with [,block-size=512|4096][,uuid=U]
     #[arg(
         value_name = "SPEC",
         required = true,
@@ -274,6 +312,15 @@ Examples:
     vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks";
 
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  An image:
+    vhost-nvmf serve --socket-path /run/disk.sock disk.img
+  A block device past the page cache, with one lane:
+    vhost-nvmf serve --socket-path /run/disk.sock --nr-io-queues 1 /dev/vg0/disk1,direct
+  Nothing at all, to measure what is around it:
+    vhost-nvmf serve --socket-path /run/disk.sock null:1T";
+
 const EXPORT_EXAMPLES: &str = "\
 Examples:
   An image to this machine alone:
@@ -301,6 +348,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
     match CommandLine::try_parse_from(args) {
         Ok(CommandLine { log, command, .. }) => Ok(match command {
             Command::Attach(args) => Invocation::Attach(log.options(LogLevel::Info), args),
+            Command::Serve(args) => Invocation::Serve(log.options(LogLevel::Info), args),
             Command::Export(args) => Invocation::Export(log.options(LogLevel::Info), args),
             Command::Discover(args) => log.show(Question::Discover(args)),
             Command::Identify(args) => log.show(Question::Identify(args)),
@@ -311,8 +359,8 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
                 Ok(Invocation::Print(error.render().to_string()))
             }
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Err(UsageError(
-                "there is no command; write 'vhost-nvmf attach …' or 'vhost-nvmf export …'; \
-                 see 'vhost-nvmf --help'"
+                "there is no command; write 'vhost-nvmf attach …', 'vhost-nvmf serve …' or \
+                 'vhost-nvmf export …'; see 'vhost-nvmf --help'"
                     .to_owned(),
             )),
             _ => Err(UsageError(one_line(&error, subcommand))),

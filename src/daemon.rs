@@ -9,10 +9,11 @@ use nvmf::transport::Registry;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::{AttachConfig, ExportConfig, Machine};
+use crate::config::{AttachConfig, ExportConfig, Machine, ServeConfig};
 use crate::disk::Disk;
 use crate::export::Export;
 use crate::hints::VmmHints;
+use crate::serve::Local;
 use crate::socket;
 use crate::worker::Worker;
 
@@ -43,6 +44,33 @@ pub(crate) fn attach(config: &AttachConfig) -> Result<(), Box<dyn Error>> {
         print(&hints.to_string())?;
         disk.serve(listener, stop.wait()).await?;
         Ok(())
+    });
+    end(runtime, workers);
+    result
+}
+
+/// Serves storage of this machine as a disk until a signal comes.
+///
+/// # Errors
+/// One line for the user; nothing is left behind.
+pub(crate) fn serve(config: &ServeConfig, machine: &Machine) -> Result<(), Box<dyn Error>> {
+    let (runtime, workers) = start(usize::from(config.host.nr_io_queues))?;
+    let result = runtime.block_on(async {
+        let mut stop = Stop::new()?;
+        let (listener, path) = socket::listen(&config.socket_path)?;
+        let (local, disk) = tokio::select! {
+            served = Local::serve(config, machine, &workers) => served?,
+            () = stop.wait() => return Ok(()),
+        };
+        let hints = VmmHints {
+            socket_path: path.path(),
+            num_queues: config.choices.num_queues,
+            read_only: config.choices.read_only,
+        };
+        print(&hints.to_string())?;
+        let served = disk.serve(listener, stop.wait()).await;
+        local.end().await;
+        Ok(served?)
     });
     end(runtime, workers);
     result

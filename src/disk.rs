@@ -1,4 +1,4 @@
-//! One attached disk: a vhost-user device in front, an association behind, lanes between them.
+//! One disk: a vhost-user device in front, an association behind, lanes between them.
 
 use std::io;
 use std::os::unix::net::UnixListener as StdUnixListener;
@@ -6,8 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nvmf::host::{Association, HostError};
-use nvmf::transport::Registry;
+use nvmf::host::{Association, HostError, NamespaceInfo};
+use nvmf::transport::{HostQueuePair, Registry};
 use tokio::net::UnixListener;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -32,6 +32,18 @@ const SHUTDOWN: Duration = Duration::from_millis(600);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Blocks above the page size of common guests are not understood by all of them.
 const GUEST_BLOCK_MAX: u32 = 4096;
+
+/// What a disk is made of.
+pub(crate) struct Backing {
+    /// What it is called in the log.
+    pub(crate) name: String,
+    /// The controller.
+    pub(crate) association: Association,
+    /// The namespace.
+    pub(crate) namespace: NamespaceInfo,
+    /// Connected I/O queue pairs, at least one.
+    pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
+}
 
 /// A disk that is served.
 pub(crate) struct Disk {
@@ -66,14 +78,37 @@ impl Disk {
             }
         };
         let controller = association.controller();
-        let limits = Limits::new(controller, &namespace);
-        let choices = Choices {
-            num_queues: config.num_queues,
-            serial: config.serial,
-            read_only: config.read_only,
+        tracing::info!(
+            disk = %config.uri,
+            controller = %controller.address,
+            cntlid = controller.cntlid,
+            model = controller.model,
+            serial = controller.serial,
+            firmware = controller.firmware,
+            nsid = namespace.nsid,
+            io_queues = pairs.len(),
+            "namespace attached"
+        );
+        let backing = Backing {
+            name: config.uri.to_string(),
+            association,
+            namespace,
+            pairs,
         };
+        Ok(Self::new(backing, config.choices(), workers).await)
+    }
+
+    /// Makes a disk of a namespace, and places a lane for each of its queue pairs on the workers.
+    pub(crate) async fn new(backing: Backing, choices: Choices, workers: &[Worker]) -> Self {
+        let Backing {
+            name,
+            association,
+            namespace,
+            pairs,
+        } = backing;
+        let controller = association.controller();
+        let limits = Limits::new(controller, &namespace);
         let device = Device::new(geometry::device_options(&choices, controller, &namespace));
-        let name = config.uri.to_string();
         let counters = Arc::new(DiskCounters::default());
         let mut lanes = Vec::with_capacity(pairs.len());
         for (pair, worker) in pairs.into_iter().zip(workers.iter().cycle()) {
@@ -100,24 +135,18 @@ impl Disk {
         }
         tracing::info!(
             disk = name,
-            controller = %controller.address,
-            cntlid = controller.cntlid,
-            model = controller.model,
-            serial = controller.serial,
-            firmware = controller.firmware,
-            nsid = namespace.nsid,
             block_size = namespace.block_size,
             blocks = namespace.block_count,
-            io_queues = lanes.len(),
-            "disk attached"
+            lanes = lanes.len(),
+            "disk ready"
         );
-        Ok(Self {
+        Self {
             name,
             device,
             lanes,
             association,
             counters,
-        })
+        }
     }
 
     /// Serves front-ends, one after the other, until `stop` comes; then drains, shuts the

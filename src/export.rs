@@ -3,25 +3,22 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nvmf::backend::{Backend, Counts, FileBackend, OpenError, RamBackend, RamError};
 use nvmf::controller::{
     BindError, LaneHost, Limits, NamespaceError, Port, Subsystem, Target, TargetError,
 };
 use nvmf::host::{NamespaceSelector, TargetAddress};
 use nvmf::transport::{Lane, Registry};
 
-use crate::config::{ExportConfig, Machine, NamespaceConfig, Storage, Uri, host_of_listener};
+use crate::config::{ExportConfig, Machine, Uri, host_of_listener};
+use crate::storage::{self, StorageError};
 use crate::worker::Worker;
 
 /// Why there is nothing to export.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExportError {
-    /// A file cannot be used.
+    /// Storage cannot be used.
     #[error(transparent)]
-    File(#[from] OpenError),
-    /// Memory cannot be had.
-    #[error(transparent)]
-    Ram(#[from] RamError),
+    Storage(#[from] StorageError),
     /// An address cannot be listened on.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -58,7 +55,7 @@ impl Export {
             subsystem.allow_host(host.clone());
         }
         for namespace in &config.namespaces {
-            let backend = open_backend(namespace)?;
+            let backend = storage::open(namespace)?;
             subsystem.add_namespace(namespace.nsid, namespace.uuid, backend)?;
         }
         let lanes = Arc::new(RoundRobin {
@@ -101,9 +98,7 @@ impl Export {
         let Self { target, port } = self;
         port.serve(stop).await;
         for subsystem in target.subsystems() {
-            for namespace in subsystem.namespaces() {
-                log_counts(namespace.nsid(), namespace.backend().counters().read());
-            }
+            storage::log_counts(subsystem);
         }
         let totals = target.totals();
         tracing::info!(
@@ -113,43 +108,6 @@ impl Export {
             "target counters"
         );
     }
-}
-
-fn open_backend(namespace: &NamespaceConfig) -> Result<Arc<dyn Backend>, ExportError> {
-    let block_size = namespace.block_size.bytes();
-    Ok(match &namespace.storage {
-        Storage::File { path, read_only } => {
-            Arc::new(FileBackend::open(path, block_size, *read_only)?)
-        }
-        Storage::Ram { size } => Arc::new(RamBackend::new(size.bytes(), block_size)?),
-    })
-}
-
-fn log_counts(nsid: u32, counts: Counts) {
-    let Counts {
-        reads,
-        writes,
-        fua_writes,
-        flushes,
-        write_zeroes,
-        deallocates,
-        read_bytes,
-        written_bytes,
-        errors,
-    } = counts;
-    tracing::info!(
-        nsid,
-        reads,
-        writes,
-        fua_writes,
-        flushes,
-        write_zeroes,
-        deallocates,
-        read_bytes,
-        written_bytes,
-        errors,
-        "namespace counters"
-    );
 }
 
 /// Places I/O queues on the workers in turn.

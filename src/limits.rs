@@ -20,6 +20,9 @@ pub(crate) const QUEUE_SIZE: RangeInclusive<i64> = 2..=4096;
 /// As Linux asks.
 pub(crate) const DEFAULT_QUEUE_SIZE: u16 = 128;
 
+/// The same for a local disk: as many as a lane has requests in flight.
+pub(crate) const LOCAL_QUEUE_SIZE: u16 = 1024;
+
 /// Seconds after which a silent association is lost; 0 turns keep-alive off.
 pub(crate) const KEEP_ALIVE_SECONDS: RangeInclusive<i64> = 0..=3600;
 /// Short, because a write whose fate is unknown holds later writes back for a multiple of it.
@@ -72,6 +75,7 @@ pub(crate) const NEW_LANES: usize = 64;
 
 const _: () = {
     assert!(LANE_SLOTS <= MAX_SLOTS);
+    assert!(LOCAL_QUEUE_SIZE as usize >= LANE_SLOTS);
     assert!(DEFAULT_NUM_QUEUES as i64 <= *NUM_QUEUES.end());
     assert!(MAX_NR_IO_QUEUES as i64 == *NR_IO_QUEUES.end());
     assert!(DEFAULT_QUEUE_SIZE as i64 <= *QUEUE_SIZE.end());

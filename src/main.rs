@@ -11,8 +11,10 @@ mod limits;
 mod logging;
 mod metrics;
 mod report;
+mod serve;
 mod show;
 mod socket;
+mod storage;
 mod worker;
 
 use std::error::Error;
@@ -20,7 +22,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use cli::Invocation;
-use config::{AttachConfig, ExportConfig, Machine};
+use config::{AttachConfig, ExportConfig, Machine, ServeConfig};
 
 fn main() -> ExitCode {
     match run() {
@@ -40,6 +42,11 @@ fn run() -> Result<(), Box<dyn Error>> {
         Invocation::Attach(log, args) => {
             logging::start(log);
             daemon::attach(&AttachConfig::resolve(*args, &Machine::read()))
+        }
+        Invocation::Serve(log, args) => {
+            logging::start(log);
+            let machine = Machine::read();
+            daemon::serve(&ServeConfig::resolve(*args, &machine)?, &machine)
         }
         Invocation::Export(log, args) => {
             logging::start(log);

@@ -436,3 +436,59 @@ fn one_backend_serves_many_lanes_at_once() {
         assert_eq!(backend.counters().read().writes, 200);
     }
 }
+
+#[test]
+fn direct_io_takes_memory_of_any_alignment_and_copies_only_what_is_not_aligned() {
+    let image = Image::new(SIZE);
+    let backend = match FileBackend::open_direct(&image.0, 4096, false) {
+        Err(OpenError::NoDirect(_)) => {
+            return eprintln!("SKIPPED: this file system has no direct I/O");
+        }
+        opened => opened.unwrap(),
+    };
+    // Memory whose alignment is known.
+    let memory = RamBackend::new(2 << 20, 512).unwrap();
+    let stored = File::open(&image.0).unwrap();
+    for engine in engines() {
+        let mut lane = Lane::new(engine);
+        for at in [0, 4096, 1, 511, 4095] {
+            for (turn, len) in [4096, 3 * 4096, 1 << 20].into_iter().enumerate() {
+                let before = backend.counters().read().copied_bytes;
+                let offset = 4096 * (1 + turn as u64);
+                let data: Vec<u8> = (0..len).map(|i| (i / 3 + at as usize) as u8).collect();
+                let sink = |at| memory.sink(at, len, &mut Vec::new()).unwrap();
+                let source = |at| memory.source(at, len, &mut Vec::new()).unwrap();
+                sink(at).copy_from(0, &data).unwrap();
+                let op = BackendOp::Write {
+                    offset,
+                    source: source(at),
+                    fua: turn == 1,
+                };
+                assert_eq!(lane.run(&backend, op).result, Ok(()));
+                let mut found = vec![0; len];
+                stored.read_exact_at(&mut found, offset).unwrap();
+                assert!(found == data, "what was written at {at}");
+                sink(at).fill(0..len, 0).unwrap();
+                let op = BackendOp::Read {
+                    offset,
+                    sink: sink(at),
+                };
+                assert_eq!(lane.run(&backend, op).result, Ok(()));
+                source(at).copy_to(0, &mut found).unwrap();
+                assert!(found == data, "what was read to {at}");
+                let copied = backend.counters().read().copied_bytes - before;
+                let expected = if at % 4096 == 0 { 0 } else { 2 * len as u64 };
+                assert_eq!(copied, expected, "{len} bytes at {at}");
+            }
+        }
+        let offset = 4096;
+        let op = BackendOp::WriteZeroes {
+            offset,
+            len: 1 << 20,
+            may_unmap: false,
+            fua: true,
+        };
+        assert_eq!(lane.run(&backend, op).result, Ok(()));
+        assert!(lane.read(&backend, offset, 1 << 20).iter().all(|&b| b == 0));
+    }
+}

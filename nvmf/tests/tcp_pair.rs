@@ -61,7 +61,7 @@ fn params(connection: Connection, sq_flow_control: bool) -> QueueParams {
         queue_size: QUEUE_SIZE,
         sq_flow_control,
         in_capsule_limit: IN_CAPSULE,
-        connection,
+        connection: connection.into(),
         lease: Lease::default(),
     }
 }

@@ -16,8 +16,9 @@ use nvmf::host::HostOptions;
 use nvmf::spec::Nqn;
 use uuid::Uuid;
 
-use crate::cli::{AttachArgs, ExportArgs};
-use crate::limits::{MAX_NAMESPACES, MAX_NR_IO_QUEUES};
+use crate::bridge::geometry::Choices;
+use crate::cli::{AttachArgs, ExportArgs, ServeArgs};
+use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
 pub(crate) use identity::{HostIdentity, Machine};
 pub(crate) use ids::Serial;
 pub(crate) use spec::{BlockSize, Spec, Storage};
@@ -40,6 +41,19 @@ pub(crate) struct AttachConfig {
     pub(crate) uri: Uri,
 }
 
+/// Storage of this machine to serve as a disk.
+#[derive(Debug, Clone)]
+pub(crate) struct ServeConfig {
+    /// Where the VMM connects.
+    pub(crate) socket_path: PathBuf,
+    /// What the user decides about the disk.
+    pub(crate) choices: Choices,
+    /// How the embedded controller is connected to.
+    pub(crate) host: HostOptions,
+    /// The storage.
+    pub(crate) namespace: NamespaceConfig,
+}
+
 /// A subsystem to export.
 #[derive(Debug, Clone)]
 pub(crate) struct ExportConfig {
@@ -53,7 +67,7 @@ pub(crate) struct ExportConfig {
     pub(crate) namespaces: Vec<NamespaceConfig>,
 }
 
-/// A namespace to export.
+/// A namespace to export or to serve.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NamespaceConfig {
     /// Namespace identifier.
@@ -123,8 +137,6 @@ pub(crate) enum ConfigError {
 impl AttachConfig {
     /// Fills in what the command line left open.
     pub(crate) fn resolve(args: AttachArgs, machine: &Machine) -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        let cpus = u16::try_from(cpus).unwrap_or(MAX_NR_IO_QUEUES);
         let HostIdentity { nqn, id } = HostIdentity::resolve(args.hostnqn, args.hostid, machine);
         Self {
             socket_path: args.socket_path,
@@ -132,7 +144,7 @@ impl AttachConfig {
             serial: args.serial,
             read_only: args.read_only,
             host: HostOptions {
-                nr_io_queues: args.nr_io_queues.unwrap_or(cpus).min(MAX_NR_IO_QUEUES),
+                nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
                 queue_size: args.queue_size,
                 keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
                 hdr_digest: args.hdr_digest,
@@ -142,6 +154,58 @@ impl AttachConfig {
             uri: args.uri,
         }
     }
+}
+
+impl AttachConfig {
+    /// What the user decides about the disk.
+    pub(crate) fn choices(&self) -> Choices {
+        Choices {
+            num_queues: self.num_queues,
+            serial: self.serial,
+            read_only: self.read_only,
+        }
+    }
+}
+
+impl ServeConfig {
+    /// Fills in what the command line left open, and looks at the file that it names.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names what cannot be served as asked.
+    pub(crate) fn resolve(args: ServeArgs, machine: &Machine) -> Result<Self, ConfigError> {
+        let mut spec = args.spec;
+        let mut read_only = args.read_only;
+        if let Storage::File {
+            read_only: file, ..
+        } = &mut spec.storage
+        {
+            *file |= read_only;
+            read_only = *file;
+        }
+        let HostIdentity { nqn, id } = HostIdentity::resolve(None, None, machine);
+        Ok(Self {
+            socket_path: args.socket_path,
+            choices: Choices {
+                num_queues: args.num_queues,
+                serial: args.serial,
+                read_only,
+            },
+            host: HostOptions {
+                nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
+                queue_size: LOCAL_QUEUE_SIZE,
+                // A controller in the same process does not die on its own.
+                keep_alive_tmo: Duration::ZERO,
+                ..HostOptions::new(nqn, id)
+            },
+            namespace: NamespaceConfig::resolve(1, spec, machine)?,
+        })
+    }
+}
+
+/// One I/O queue pair for each CPU.
+fn cpus() -> u16 {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    u16::try_from(cpus).unwrap_or(MAX_NR_IO_QUEUES)
 }
 
 impl ExportConfig {
@@ -182,7 +246,11 @@ impl ExportConfig {
 impl NamespaceConfig {
     fn resolve(nsid: u32, spec: Spec, machine: &Machine) -> Result<Self, ConfigError> {
         let (storage, stable) = match spec.storage {
-            Storage::File { path, read_only } => {
+            Storage::File {
+                path,
+                read_only,
+                direct,
+            } => {
                 let path = check_file(path, spec.block_size.bytes())?;
                 let purpose = [b"namespace\0", path.as_os_str().as_bytes()].concat();
                 let stable = machine.derive(&purpose);
@@ -193,9 +261,14 @@ impl NamespaceConfig {
                         path.display()
                     );
                 }
-                (Storage::File { path, read_only }, stable)
+                let storage = Storage::File {
+                    path,
+                    read_only,
+                    direct,
+                };
+                (storage, stable)
             }
-            ram @ Storage::Ram { .. } => (ram, None),
+            other @ (Storage::Ram { .. } | Storage::Null { .. }) => (other, None),
         };
         Ok(Self {
             nsid,
@@ -211,6 +284,7 @@ impl std::fmt::Display for NamespaceConfig {
         match &self.storage {
             Storage::File { path, .. } => write!(f, "'{}'", path.display()),
             Storage::Ram { size } => write!(f, "ram:{size}"),
+            Storage::Null { size } => write!(f, "null:{size}"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! SPEC of `export`: what stores a namespace's blocks, and how it is shown.
+//! SPEC of `export` and `serve`: what stores a namespace's blocks, and how it is shown.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::ids::{IdError, parse_uuid};
 use super::size::{Size, SizeError};
 
-/// One namespace to export, as written on the command line.
+/// One namespace, as written on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Spec {
     /// Where the blocks are.
@@ -29,9 +29,16 @@ pub(crate) enum Storage {
         path: PathBuf,
         /// Writes are refused.
         read_only: bool,
+        /// Past the page cache.
+        direct: bool,
     },
     /// Memory, zeroes at first, gone at exit.
     Ram {
+        /// Size, a multiple of the block size.
+        size: Size,
+    },
+    /// Nothing: reads are zeroes, writes are dropped.
+    Null {
         /// Size, a multiple of the block size.
         size: Size,
     },
@@ -61,24 +68,31 @@ impl BlockSize {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum SpecError {
     /// No path.
-    #[error("there is no path; write PATH, file:PATH or ram:SIZE")]
+    #[error("there is no path; write PATH, file:PATH, ram:SIZE or null:SIZE")]
     NoPath,
-    /// Bad size of `ram:`.
+    /// Bad size of `ram:` or `null:`.
     #[error(transparent)]
     Size(#[from] SizeError),
     /// A size that is not a whole number of blocks.
     #[error(
-        "ram:{size} is not a multiple of the block size {block_size}; round the size to a multiple"
+        "{kind}:{size} is not a multiple of the block size {block_size}; round the size to a multiple"
     )]
     NotBlocks {
+        /// `ram` or `null`.
+        kind: &'static str,
         /// The size.
         size: Size,
         /// The block size in bytes.
         block_size: u32,
     },
-    /// `ro` with `ram:`.
-    #[error("ram: starts empty, so ',ro' makes no sense with it; leave it out")]
-    ReadOnlyRam,
+    /// An option of files with something else.
+    #[error("'{option}' makes no sense with {kind}:, only with a file; leave it out")]
+    FileOnly {
+        /// The option.
+        option: &'static str,
+        /// `ram` or `null`.
+        kind: &'static str,
+    },
     /// Another block size.
     #[error("block-size={0} is not supported; write block-size=512 or block-size=4096")]
     BlockSize(String),
@@ -92,7 +106,7 @@ pub(crate) enum SpecError {
     },
     /// An option that does not exist.
     #[error(
-        "option '{0}' is unknown; there are ro, block-size= and uuid= (a comma in a path is written ',,')"
+        "option '{0}' is unknown; there are ro, direct, block-size= and uuid= (a comma in a path is written ',,')"
     )]
     Option(String),
     /// An option twice.
@@ -101,7 +115,7 @@ pub(crate) enum SpecError {
 }
 
 impl Spec {
-    /// Parses `PATH | file:PATH[,ro] | ram:SIZE`, with `,block-size=512|4096` and `,uuid=U` in any
+    /// Parses `PATH | file:PATH[,ro][,direct] | ram:SIZE | null:SIZE`, with `,block-size=512|4096` and `,uuid=U` in any
     /// order. A comma in a path is written twice.
     ///
     /// # Errors
@@ -109,11 +123,12 @@ impl Spec {
     pub(crate) fn parse(text: &OsStr) -> Result<Self, SpecError> {
         let mut fields = split(text.as_bytes()).into_iter();
         let subject = fields.next().unwrap_or_default();
-        let (mut read_only, mut block_size, mut uuid) = (None, None, None);
+        let (mut read_only, mut direct, mut block_size, mut uuid) = (None, None, None, None);
         for option in fields {
             let option = String::from_utf8_lossy(&option).into_owned();
             match option.split_once('=') {
                 None if option == "ro" => once("ro", &mut read_only, ())?,
+                None if option == "direct" => once("direct", &mut direct, ())?,
                 Some(("block-size", value)) => {
                     once("block-size", &mut block_size, parse_block_size(value)?)?;
                 }
@@ -129,24 +144,42 @@ impl Spec {
         }
         let block_size = block_size.unwrap_or_default();
         Ok(Self {
-            storage: storage(subject, read_only.is_some(), block_size)?,
+            storage: storage(subject, read_only.is_some(), direct.is_some(), block_size)?,
             block_size,
             uuid,
         })
     }
 }
 
-fn storage(subject: Vec<u8>, read_only: bool, block_size: BlockSize) -> Result<Storage, SpecError> {
-    if let Some(size) = subject.strip_prefix(b"ram:") {
+fn storage(
+    subject: Vec<u8>,
+    read_only: bool,
+    direct: bool,
+    block_size: BlockSize,
+) -> Result<Storage, SpecError> {
+    for kind in ["ram", "null"] {
+        let prefix = subject.strip_prefix(kind.as_bytes());
+        let Some(size) = prefix.and_then(|rest| rest.strip_prefix(b":")) else {
+            continue;
+        };
         let size: Size = String::from_utf8_lossy(size).parse()?;
-        if read_only {
-            return Err(SpecError::ReadOnlyRam);
+        for (option, given) in [("ro", read_only), ("direct", direct)] {
+            if given {
+                return Err(SpecError::FileOnly { option, kind });
+            }
         }
         let block_size = block_size.bytes();
         if !size.bytes().is_multiple_of(block_size.into()) {
-            return Err(SpecError::NotBlocks { size, block_size });
+            return Err(SpecError::NotBlocks {
+                kind,
+                size,
+                block_size,
+            });
         }
-        return Ok(Storage::Ram { size });
+        return Ok(match kind {
+            "ram" => Storage::Ram { size },
+            _ => Storage::Null { size },
+        });
     }
     let path = match subject.strip_prefix(b"file:") {
         Some(path) => path.to_vec(),
@@ -158,6 +191,7 @@ fn storage(subject: Vec<u8>, read_only: bool, block_size: BlockSize) -> Result<S
     Ok(Storage::File {
         path: OsString::from_vec(path).into(),
         read_only,
+        direct,
     })
 }
 
@@ -202,6 +236,7 @@ mod tests {
         Storage::File {
             path: path.into(),
             read_only,
+            direct: false,
         }
     }
 
@@ -211,6 +246,29 @@ mod tests {
         assert_eq!(parse("file:x").unwrap().storage, file("x", false));
         assert_eq!(parse("file:x,ro").unwrap().storage, file("x", true));
         assert_eq!(parse("file:ram:1").unwrap().storage, file("ram:1", false));
+    }
+
+    #[test]
+    fn direct_is_for_files_and_null_has_a_size() {
+        let direct = Storage::File {
+            path: "/a".into(),
+            read_only: true,
+            direct: true,
+        };
+        assert_eq!(parse("/a,direct,ro").unwrap().storage, direct);
+        let size = "1T".parse().unwrap();
+        assert_eq!(parse("null:1T").unwrap().storage, Storage::Null { size });
+        for (text, option, kind) in [
+            ("ram:1M,direct", "direct", "ram"),
+            ("null:1M,direct", "direct", "null"),
+            ("null:1M,ro", "ro", "null"),
+        ] {
+            assert_eq!(parse(text), Err(SpecError::FileOnly { option, kind }));
+        }
+        assert!(matches!(
+            parse("null:512,block-size=4096"),
+            Err(SpecError::NotBlocks { kind: "null", .. })
+        ));
     }
 
     #[test]
@@ -227,7 +285,8 @@ mod tests {
             spec.storage,
             Storage::File {
                 path: OsStr::from_bytes(b"/a\xff").into(),
-                read_only: true
+                read_only: true,
+                direct: false
             }
         );
     }
@@ -253,7 +312,13 @@ mod tests {
     fn what_is_wrong_is_named() {
         assert_eq!(parse(""), Err(SpecError::NoPath));
         assert_eq!(parse("file:,ro"), Err(SpecError::NoPath));
-        assert_eq!(parse("ram:1M,ro"), Err(SpecError::ReadOnlyRam));
+        assert_eq!(
+            parse("ram:1M,ro"),
+            Err(SpecError::FileOnly {
+                option: "ro",
+                kind: "ram"
+            })
+        );
         assert_eq!(parse("x,rw"), Err(SpecError::Option("rw".into())));
         assert_eq!(parse("x,"), Err(SpecError::Option(String::new())));
         assert_eq!(parse("x,ro=1"), Err(SpecError::Option("ro=1".into())));

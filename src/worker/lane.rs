@@ -166,11 +166,28 @@ impl DeviceLane {
         let mut more = false;
         for (pair, ready) in self.paths.iter_mut().zip(ready) {
             more |= pair.progress(ready);
+        }
+        self.settle();
+        more
+    }
+
+    /// Takes what was completed. True when there was something.
+    fn settle(&mut self) -> bool {
+        let mut any = false;
+        for pair in &mut self.paths {
             while let Some(completion) = pair.completion() {
                 self.inflight.settle(completion, &mut self.storage);
+                any = true;
             }
         }
-        more
+        any
+    }
+
+    /// Takes what a flush completed at once, as a controller in this process does. True when that
+    /// made room for something that waits.
+    fn settle_at_once(&mut self) -> bool {
+        let waits = |ring: &Ring| ring.scan && ring.stopping.is_none();
+        self.settle() && (self.inflight.is_waiting() || self.rings.iter().any(waits))
     }
 
     /// Sends what this turn brought about. True when one path has more to send at once.
@@ -199,7 +216,7 @@ impl DeviceLane {
             }
             let pair = self.paths.remove(index);
             self.past = sum(self.past, pair.counters());
-            self.generation += 1;
+            self.generation = self.generation.wrapping_add(pair.generation() + 1);
         }
         self.paths.len() < before
     }
@@ -403,7 +420,8 @@ fn sum(a: Counters, b: Counters) -> Counters {
 
 impl Lane for DeviceLane {
     fn generation(&self) -> u64 {
-        self.generation
+        let paths = self.paths.iter().map(|pair| pair.generation());
+        paths.fold(self.generation, u64::wrapping_add)
     }
 
     fn descriptors<'a>(&'a self, out: &mut Vec<BorrowedFd<'a>>) {
@@ -452,6 +470,7 @@ impl Lane for DeviceLane {
         self.issue();
         again |= self.take_requests();
         again |= self.flush_paths(path_ready);
+        again |= self.settle_at_once();
         again |= self.drop_lost_paths();
         self.finish();
         self.flush_rings();

@@ -113,9 +113,23 @@ impl Attach {
 
     #[track_caller]
     pub(crate) fn start_at(socket: &Path, args: &[&str], uri: &str) -> Self {
+        Self::start_command("attach", socket, args, uri)
+    }
+
+    /// A local disk instead.
+    #[track_caller]
+    pub(crate) fn serve(args: &[&str], spec: &str) -> Self {
+        let directory = Directory::new();
+        let mut serve = Self::start_command("serve", &directory.path("disk.sock"), args, spec);
+        serve._directory = Some(directory);
+        serve
+    }
+
+    #[track_caller]
+    fn start_command(name: &'static str, socket: &Path, args: &[&str], what: &str) -> Self {
         let path = socket.to_str().expect("UTF-8");
-        let command = ["attach", "--log-format", "json", "--socket-path", path];
-        let process = Process::start("attach", command.iter().chain(args).chain(&[uri]));
+        let command = [name, "--log-format", "json", "--socket-path", path];
+        let process = Process::start(name, command.iter().chain(args).chain(&[what]));
         process.await_stdout(|line| line.starts_with("One queue for each vCPU"));
         assert!(socket.exists(), "it is ready and has no socket");
         Self {
@@ -141,6 +155,12 @@ impl Attach {
     #[track_caller]
     pub(crate) fn counter(&self, name: &str) -> u64 {
         counted(&self.process.logged("disk counters"), name)
+    }
+
+    /// What was counted for the storage of a local disk, after its end.
+    #[track_caller]
+    pub(crate) fn storage_counter(&self, name: &str) -> u64 {
+        counted(&self.process.logged("namespace counters"), name)
     }
 }
 

@@ -20,6 +20,7 @@ mod bad_peers;
 mod data;
 mod efficiency;
 mod ending;
+mod local;
 mod malformed;
 mod protocol;
 mod requests;

@@ -13,6 +13,7 @@ pub struct Counters {
     deallocates: AtomicU64,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
+    copied_bytes: AtomicU64,
     errors: AtomicU64,
 }
 
@@ -35,6 +36,8 @@ pub struct Counts {
     pub read_bytes: u64,
     /// Bytes written by writes; Write Zeroes is not among them.
     pub written_bytes: u64,
+    /// Bytes copied because direct I/O did not take their memory.
+    pub copied_bytes: u64,
     /// Operations that failed.
     pub errors: u64,
 }
@@ -68,6 +71,11 @@ impl Counters {
         self.deallocates.fetch_add(1, Relaxed);
     }
 
+    /// Counts `bytes` copied to or from aligned memory.
+    pub fn count_copied(&self, bytes: u64) {
+        self.copied_bytes.fetch_add(bytes, Relaxed);
+    }
+
     /// Counts an operation that failed.
     pub fn count_error(&self) {
         self.errors.fetch_add(1, Relaxed);
@@ -84,6 +92,7 @@ impl Counters {
             deallocates: self.deallocates.load(Relaxed),
             read_bytes: self.read_bytes.load(Relaxed),
             written_bytes: self.written_bytes.load(Relaxed),
+            copied_bytes: self.copied_bytes.load(Relaxed),
             errors: self.errors.load(Relaxed),
         }
     }
@@ -94,7 +103,7 @@ impl std::fmt::Display for Counts {
         write!(
             f,
             "reads={} writes={} fua_writes={} flushes={} write_zeroes={} deallocates={} \
-             read_bytes={} written_bytes={} errors={}",
+             read_bytes={} written_bytes={} copied_bytes={} errors={}",
             self.reads,
             self.writes,
             self.fua_writes,
@@ -103,6 +112,7 @@ impl std::fmt::Display for Counts {
             self.deallocates,
             self.read_bytes,
             self.written_bytes,
+            self.copied_bytes,
             self.errors
         )
     }

@@ -2,12 +2,15 @@
 
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::job::{Job, Target};
 use super::{Backend, BackendIo, BackendOp, Counters, Geometry};
+
+/// What a device may ask of direct I/O, in bytes: its logical blocks.
+const ALIGNMENTS: [usize; 2] = [512, 4096];
 
 /// A file whose bytes are the namespace's, from the first to the last.
 #[derive(Debug)]
@@ -45,6 +48,13 @@ pub enum OpenError {
     InUse { path: PathBuf, what: &'static str },
     #[error("{0}: is on a read-only file system; export it read-only (,ro)")]
     ReadOnlyFileSystem(PathBuf),
+    #[error("{0}: its file system has no direct I/O; leave ',direct' out")]
+    NoDirect(PathBuf),
+    #[error(
+        "{path}: direct I/O needs blocks of {needed} bytes there; use block-size={needed}, or leave \
+         ',direct' out"
+    )]
+    DirectBlocks { path: PathBuf, needed: usize },
     #[error("{path}: {error}")]
     Io { path: PathBuf, error: io::Error },
 }
@@ -56,6 +66,24 @@ impl FileBackend {
     /// # Errors
     /// [`OpenError`].
     pub fn open(path: &Path, block_size: u32, read_only: bool) -> Result<Self, OpenError> {
+        Self::open_with(path, block_size, read_only, false)
+    }
+
+    /// As [`Self::open`], past the page cache. Memory that the device does not take as it is goes
+    /// through memory that it takes; [`super::Counts::copied_bytes`] tells how much.
+    ///
+    /// # Errors
+    /// [`OpenError`], also when the device has larger blocks than `block_size`.
+    pub fn open_direct(path: &Path, block_size: u32, read_only: bool) -> Result<Self, OpenError> {
+        Self::open_with(path, block_size, read_only, true)
+    }
+
+    fn open_with(
+        path: &Path,
+        block_size: u32,
+        read_only: bool,
+        direct: bool,
+    ) -> Result<Self, OpenError> {
         if !matches!(block_size, 512 | 4096) {
             return Err(OpenError::BlockSize(block_size));
         }
@@ -64,11 +92,17 @@ impl FileBackend {
         let kind = Kind::of(&std::fs::metadata(path).map_err(failed)?, path)?;
         let mut options = OpenOptions::new();
         options.read(true).write(!read_only);
-        if kind == Kind::BlockDevice && !read_only {
-            // Refused by the kernel while the device is mounted or otherwise taken.
-            options.custom_flags(libc::O_EXCL);
-        }
-        let mut file = options.open(path).map_err(failed)?;
+        // O_EXCL is refused by the kernel while the device is mounted or otherwise taken.
+        let exclusive = kind == Kind::BlockDevice && !read_only;
+        options.custom_flags(
+            if exclusive { libc::O_EXCL } else { 0 } | if direct { libc::O_DIRECT } else { 0 },
+        );
+        let mut file = match options.open(path) {
+            Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
+                return Err(OpenError::NoDirect(path.to_owned()));
+            }
+            other => other.map_err(failed)?,
+        };
         lock(&file, path, read_only)?;
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if size == 0 {
@@ -81,9 +115,14 @@ impl FileBackend {
                 block_size,
             });
         }
+        let alignment = match direct {
+            true => Some(alignment(&file, path, block_size)?),
+            false => None,
+        };
         Ok(Self {
             target: Arc::new(Target {
                 file,
+                alignment,
                 counters: Counters::default(),
             }),
             geometry: Geometry {
@@ -96,6 +135,27 @@ impl FileBackend {
             },
         })
     }
+}
+
+/// What direct I/O asks of offsets, lengths and addresses. Found out by trying: what kernels tell
+/// differs by version and file system.
+fn alignment(file: &File, path: &Path, block_size: u32) -> Result<usize, OpenError> {
+    for alignment in ALIGNMENTS {
+        let mut memory = vec![0; 2 * alignment];
+        let start = memory.as_ptr().align_offset(alignment).min(alignment);
+        match file.read_at(&mut memory[start..start + alignment], 0) {
+            Ok(_) if alignment as u64 > u64::from(block_size) => {
+                return Err(OpenError::DirectBlocks {
+                    path: path.to_owned(),
+                    needed: alignment,
+                });
+            }
+            Ok(_) => return Ok(alignment),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => return Err(open_error(path, true, error)),
+        }
+    }
+    Err(OpenError::NoDirect(path.to_owned()))
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -9,6 +9,9 @@
 //! Punch ─▶ done | unsupported ─▶ ZeroRange ─▶ done | unsupported ─▶ WriteZeroes ─▶ … ─▶ done
 //!            with force unit access, a punch or zero range is followed by Sync
 //! ```
+//!
+//! With direct I/O, a step whose memory is not aligned as the device asks goes through memory that
+//! is; its length is then a piece of the operation's.
 
 use std::fs::File;
 use std::io;
@@ -16,6 +19,7 @@ use std::sync::Arc;
 
 use memdesc::MemSource;
 
+use super::bounce::{self, Bounce};
 use super::{BackendOp, Counters, Done};
 use crate::spec::Status;
 use crate::transport::Transfer;
@@ -29,6 +33,8 @@ const MAX_RETRIES: u8 = 100;
 #[derive(Debug)]
 pub(super) struct Target {
     pub(super) file: File,
+    /// With direct I/O: what addresses and lengths of memory have to be multiples of.
+    pub(super) alignment: Option<usize>,
     pub(super) counters: Counters,
 }
 
@@ -69,6 +75,8 @@ pub(super) struct Job {
     fua: bool,
     retries: u8,
     transfer: Transfer,
+    /// Stands in for memory that direct I/O does not take, during the step that it was made for.
+    bounce: Option<Box<Bounce>>,
 }
 
 impl Job {
@@ -85,6 +93,7 @@ impl Job {
             fua: false,
             retries: 0,
             transfer: Transfer::None,
+            bounce: None,
         };
         match op {
             BackendOp::Read { offset, sink } => {
@@ -164,6 +173,41 @@ impl Job {
             Transfer::Out(source) => source.iovecs(done..done + remaining, max, out),
         };
         debug_assert!(covered.is_ok(), "the range of a job is its transfer's");
+        match self.target.alignment {
+            Some(alignment) if !bounce::is_aligned(out, alignment) => self.bounce(alignment, out),
+            _ => self.bounce = None,
+        }
+    }
+
+    /// Has the next step use memory of our own.
+    fn bounce(&mut self, alignment: usize, out: &mut Vec<libc::iovec>) {
+        let (done, remaining) = (self.done as usize, self.remaining() as usize);
+        let bounce = Bounce::take(&mut self.bounce, remaining, alignment);
+        if let Transfer::Out(source) = &self.transfer {
+            // The zeroes of a write-zeroes are one piece, used again and again.
+            let at = if self.kind == Kind::WriteZeroes {
+                0
+            } else {
+                done
+            };
+            let copied = source.copy_to(at, bounce.bytes());
+            debug_assert!(copied.is_ok(), "the range of a job is its transfer's");
+        }
+        out.clear();
+        out.push(bounce.vector());
+    }
+
+    /// Takes `count` bytes that a step moved out of the memory that stood in, if it did.
+    fn debounce(&mut self, count: usize) {
+        let Some(bounce) = &mut self.bounce else {
+            return;
+        };
+        if let (Transfer::In(sink), Some(bytes)) = (&mut self.transfer, bounce.bytes().get(..count))
+        {
+            let copied = sink.copy_from(self.done as usize, bytes);
+            debug_assert!(copied.is_ok(), "the range of a job is its transfer's");
+        }
+        self.target.counters.count_copied(count as u64);
     }
 
     /// Judges a step by what the system call returned (bytes, 0, or a negated error number). `None`
@@ -185,7 +229,9 @@ impl Job {
             }
             Step::Write { .. } if result == 0 => Some(Err(Status::WRITE_FAULT)),
             Step::Read | Step::Write { .. } => {
-                self.done += u64::from(result.unsigned_abs()).min(self.remaining());
+                let count = u64::from(result.unsigned_abs()).min(self.remaining());
+                self.debounce(count as usize);
+                self.done += count;
                 (self.done == self.len).then_some(Ok(()))
             }
             Step::Punch | Step::ZeroRange if self.fua => {
@@ -272,6 +318,7 @@ mod tests {
     fn target() -> Arc<Target> {
         Arc::new(Target {
             file: File::open("/dev/null").unwrap(),
+            alignment: None,
             counters: Counters::default(),
         })
     }

@@ -9,10 +9,12 @@
 //! because other callers may not have: an operation outside of it is answered with a status, never
 //! with a panic, whatever its offset and length are.
 
+mod bounce;
 mod counters;
 mod file;
 mod io;
 mod job;
+mod null;
 mod pool;
 mod ram;
 mod syscall;
@@ -24,6 +26,7 @@ use crate::transport::Transfer;
 pub use counters::{Counters, Counts};
 pub use file::{FileBackend, OpenError};
 pub use io::{BackendIo, Engine};
+pub use null::{NullBackend, NullError};
 pub use ram::{RamBackend, RamError};
 
 /// Shape and abilities of a backend. Constant for its life.

@@ -53,10 +53,18 @@ pub(super) fn perform(job: &mut Job, vectors: &mut Vec<libc::iovec>) -> i32 {
     i32::try_from(result).unwrap_or(i32::MAX)
 }
 
+/// Vectors for the kernel: addresses that nothing here follows.
+#[derive(Default)]
+struct Vectors(Vec<libc::iovec>);
+
+// SAFETY: an address is the same on every thread, and only the kernel follows these; who may use the
+// memory is the job's business.
+unsafe impl Send for Vectors {}
+
 #[derive(Default)]
 struct Slot {
     job: Option<Job>,
-    vectors: Vec<libc::iovec>,
+    vectors: Vectors,
 }
 
 /// An io_uring and the jobs whose steps it performs.
@@ -120,8 +128,8 @@ impl Ring {
     fn queue(&mut self, index: u32) {
         let Slot { job, vectors } = &mut self.slots[index as usize];
         let Some(job) = job else { return };
-        job.vectors(MAX_VECTORS, vectors);
-        let entry = entry(job, vectors).user_data(u64::from(index));
+        job.vectors(MAX_VECTORS, &mut vectors.0);
+        let entry = entry(job, &vectors.0).user_data(u64::from(index));
         // SAFETY: the job stays in its slot, and with it the memory of its transfer, and the slot's
         // vectors stay untouched, until `take` has seen the completion. Dropping waits for that.
         let pushed = unsafe { self.ring.submission().push(&entry) };

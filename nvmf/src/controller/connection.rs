@@ -1,6 +1,6 @@
 //! One accepted connection: from ICReq to its Connect, and from there to where its queue belongs.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -22,9 +22,9 @@ use crate::spec::fabrics::{CATTR_DISABLE_SQ_FLOW, Connect, ConnectData};
 use crate::spec::{Cqe, Nqn, Status, trtype};
 use crate::transport::drive::Driven;
 use crate::transport::registry::Lease;
-use crate::transport::tcp;
 use crate::transport::{
-    Command, CommandTag, ControllerEvent, ControllerQueuePair, Lane, QueueParams,
+    Command, CommandTag, Connection, ControllerEvent, ControllerQueuePair, Lane, QueueParams,
+    Ready, loopback, tcp,
 };
 
 /// In-capsule data that an admin queue takes, in bytes; the same for every NVMe/TCP controller.
@@ -36,12 +36,54 @@ const LINGER: Duration = Duration::from_secs(1);
 
 type Queue = Driven<dyn ControllerQueuePair>;
 
-/// How a connection came.
+/// How a TCP connection came.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Arrival {
     pub(super) peer: SocketAddr,
     /// The listener serves I/O subsystems, and not discovery alone.
     pub(super) serves_io: bool,
+}
+
+/// A connection on which nothing was said yet.
+pub(super) enum Incoming {
+    Tcp(TcpStream, Arrival),
+    Loopback(loopback::Connection),
+}
+
+impl Incoming {
+    /// Who is at the other end, for the log.
+    pub(super) fn peer(&self) -> String {
+        match self {
+            Self::Tcp(_, arrival) => arrival.peer.to_string(),
+            Self::Loopback(_) => "this process".to_owned(),
+        }
+    }
+
+    /// I/O subsystems may be connected to, and not discovery alone.
+    fn serves_io(&self) -> bool {
+        match self {
+            Self::Tcp(_, arrival) => arrival.serves_io,
+            Self::Loopback(_) => true,
+        }
+    }
+
+    /// The address that the host used; within a process there is none.
+    fn local(&self) -> Result<SocketAddr, Failure> {
+        match self {
+            Self::Tcp(stream, _) => stream
+                .local_addr()
+                .map_err(|error| Failure::Local(error.to_string())),
+            Self::Loopback(_) => Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))),
+        }
+    }
+
+    /// What has to be agreed before the first command.
+    async fn negotiate(self, deadline: Instant) -> Result<(u8, Connection), Failure> {
+        Ok(match self {
+            Self::Tcp(stream, _) => (trtype::TCP, tcp::accept(stream, deadline).await?.into()),
+            Self::Loopback(connection) => (trtype::INTRA_HOST, connection.into()),
+        })
+    }
 }
 
 /// Why a connection came to nothing.
@@ -76,18 +118,15 @@ enum Accepted {
 /// Serves a connection: until its queue is handed off, or its association is over.
 pub(super) async fn serve(
     target: &Arc<Target>,
-    stream: TcpStream,
-    arrival: Arrival,
+    incoming: Incoming,
     permit: OwnedSemaphorePermit,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), Failure> {
+    let peer = incoming.peer();
     let deadline = Instant::now() + target.limits.handshake;
-    let Arrival { peer, serves_io } = arrival;
-    let local = stream
-        .local_addr()
-        .map_err(|error| Failure::Local(error.to_string()))?;
+    let local = incoming.local()?;
     let begun = tokio::select! {
-        begun = begin(target, stream, serves_io, deadline) => begun?,
+        begun = begin(target, incoming, deadline) => begun?,
         _ = shutdown.wait_for(|&down| down) => return Ok(()),
     };
     match begun {
@@ -141,11 +180,11 @@ pub(super) async fn serve(
 /// ICReq, ICResp and Connect, all before the deadline.
 async fn begin(
     target: &Arc<Target>,
-    stream: TcpStream,
-    serves_io: bool,
+    incoming: Incoming,
     deadline: Instant,
 ) -> Result<(Queue, Accepted), Failure> {
-    let connection = tcp::accept(stream, deadline).await?;
+    let serves_io = incoming.serves_io();
+    let (trtype, connection) = incoming.negotiate(deadline).await?;
     let params = QueueParams {
         // Not known before the Connect is read; both kinds take as much in a capsule.
         admin: true,
@@ -157,7 +196,7 @@ async fn begin(
     };
     let pair = target
         .registry
-        .open_controller(trtype::TCP, params)
+        .open_controller(trtype, params)
         .map_err(|error| Failure::Local(error.to_string()))?;
     let mut queue = Driven::new(pair).map_err(|error| Failure::Local(error.to_string()))?;
     let first = timeout_at(deadline, first_command(&mut queue));
@@ -229,6 +268,11 @@ async fn accept(
     queue.pair().set_sq_flow_control(flow_control, queue_size);
     let cqe = Cqe::with_result(0, u64::from(cntlid));
     queue.pair().respond(command.tag, cqe);
+    // The host may be waiting for this before it has the queue driven at all.
+    queue.pair().flush(&mut Ready {
+        readable: false,
+        writable: true,
+    });
     Ok(Ok(accepted))
 }
 

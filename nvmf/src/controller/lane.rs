@@ -1,7 +1,8 @@
 //! A target lane: one controller-role I/O queue pair ⇄ the backends of its subsystem.
 //!
 //! A command goes through these stages; memory backends skip those in brackets, since the transport
-//! reads and writes their memory in place:
+//! reads and writes their memory in place. Where the transport lends the host's own memory, a read or
+//! write is the backend's alone, and the memory is restored before the answer:
 //!
 //! ```text
 //! Read:  [wait for a buffer] → [backend] → send → respond
@@ -46,13 +47,16 @@ struct Slot {
     ranges: Option<Ranges>,
     /// The memory of a Compare.
     compare: Option<Compare>,
+    /// The backend works on the host's memory.
+    lent: bool,
 }
 
 /// See the module. Made by [`super::Port`] for each I/O queue whose Connect was accepted.
 pub struct TargetLane {
+    /// Before the queue pair: it may refer to memory that the pair has lent.
+    io: BackendIo,
     /// Before the subsystem: it may refer to the memory of backends.
     pair: Box<dyn ControllerQueuePair>,
-    io: BackendIo,
     subsystem: Arc<Subsystem>,
     membership: Membership,
     ending: Option<oneshot::Receiver<()>>,
@@ -152,14 +156,16 @@ impl TargetLane {
             plan,
             ranges: None,
             compare: None,
+            lent: false,
         });
         match plan.action {
             Action::Read { .. }
             | Action::Write { .. }
             | Action::Compare { .. }
             | Action::Deallocate { .. } => {
-                let started =
-                    self.in_place(tag, plan) || (self.waiting.is_empty() && self.staged(tag, plan));
+                let started = self.lent(tag, plan)
+                    || self.in_place(tag, plan)
+                    || (self.waiting.is_empty() && self.staged(tag, plan));
                 if !started {
                     self.waiting.push_back(tag);
                 }
@@ -192,6 +198,35 @@ impl TargetLane {
                 self.pair.end();
             }
         }
+    }
+
+    /// Has the backend fill or store the host's own memory, where the transport lends it.
+    fn lent(&mut self, tag: CommandTag, plan: Plan) -> bool {
+        let (Action::Read { .. } | Action::Write { .. }) = plan.action else {
+            return false;
+        };
+        let Some(memory) = self.pair.lend(tag) else {
+            return false;
+        };
+        let op = match (plan.action, memory) {
+            (Action::Read { offset, .. }, Transfer::In(sink)) => BackendOp::Read { offset, sink },
+            (Action::Write { offset, fua, .. }, Transfer::Out(source)) => BackendOp::Write {
+                offset,
+                source,
+                fua,
+            },
+            (_, memory) => {
+                // Data that goes the other way than the command says.
+                self.pair.restore(tag, memory);
+                self.respond(tag, Err(Status::INVALID_FIELD.do_not_retry()));
+                return true;
+            }
+        };
+        if let Some(slot) = &mut self.slots[usize::from(tag.0)] {
+            slot.lent = true;
+        }
+        self.submit(tag, plan.namespace, op);
+        true
     }
 
     /// Serves a command from the backend's own memory, where it has that.
@@ -397,6 +432,11 @@ impl TargetLane {
         {
             let tag = CommandTag(token as u16);
             let slot = self.slots.get(usize::from(tag.0)).and_then(Option::as_ref);
+            if slot.is_some_and(|slot| slot.lent) {
+                self.pair.restore(tag, transfer);
+                self.respond(tag, result);
+                continue;
+            }
             let action = slot.map(|slot| slot.plan.action);
             match (action, transfer, result) {
                 (Some(Action::Read { .. }), Transfer::In(sink), Ok(())) => {
@@ -482,8 +522,19 @@ impl Lane for TargetLane {
     }
 }
 
+impl TargetLane {
+    /// Waits for every operation on lent memory, and gives that back.
+    fn restore_all(&mut self) {
+        while self.slots.iter().flatten().any(|slot| slot.lent) && self.io.in_flight() > 0 {
+            self.io.wait();
+            self.backend_done();
+        }
+    }
+}
+
 impl Drop for TargetLane {
     fn drop(&mut self) {
+        self.restore_all();
         let (all, before) = (self.pair.counters(), self.before);
         let counters = Counters {
             copied_bytes: all.copied_bytes - before.copied_bytes,

@@ -40,7 +40,7 @@ use crate::backend::Engine;
 use crate::spec::Nqn;
 use crate::transport::{Counters, Lane, Registry};
 pub use lane::TargetLane;
-pub use port::{BindError, Port};
+pub use port::{BindError, LocalPort, Port};
 pub use subsystem::{Namespace, NamespaceError, Subsystem};
 
 /// Smallest memory page that the controller declares (CAP.MPSMIN 0), in bytes.

@@ -11,10 +11,11 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::connection::Arrival;
+use super::Target;
+use super::connection::{self, Arrival, Incoming};
 use super::discovery::Listed;
-use super::{Target, connection};
 use crate::spec::discovery::DISCOVERY_PORT;
+use crate::transport::loopback;
 
 /// Time for associations to end when the target shuts down.
 const FAREWELL: Duration = Duration::from_millis(800);
@@ -119,20 +120,14 @@ impl Port {
     /// Serves hosts until `shutdown` is ready, then ends all associations and returns within a
     /// second.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) {
-        let (down, seen) = watch::channel(false);
-        let mut tasks = Tasks {
-            connections: Arc::new(Semaphore::new(self.target.limits.max_connections)),
-            target: self.target,
-            shutdown: seen,
-            running: JoinSet::new(),
-        };
+        let mut tasks = Tasks::new(self.target);
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
                 Some(_) = tasks.running.join_next(), if !tasks.running.is_empty() => {}
                 accepted = accept(&self.listeners) => match accepted {
-                    Ok((stream, arrival)) => tasks.admit(stream, arrival),
+                    Ok((stream, arrival)) => tasks.admit(Incoming::Tcp(stream, arrival)),
                     Err(error) => {
                         if tasks.target.quota.allow() {
                             tracing::warn!(%error, "a connection could not be accepted");
@@ -146,11 +141,40 @@ impl Port {
             }
         }
         drop(self.listeners);
-        down.send_replace(true);
-        let all = async { while tasks.running.join_next().await.is_some() {} };
-        if timeout(FAREWELL, all).await.is_err() {
-            tracing::warn!("some associations did not end in time");
+        tasks.end().await;
+    }
+}
+
+/// Where hosts of this process connect, over the loopback transport.
+pub struct LocalPort {
+    target: Arc<Target>,
+    listener: loopback::Listener,
+}
+
+impl LocalPort {
+    /// Of a target.
+    pub fn new(target: Arc<Target>, listener: loopback::Listener) -> Self {
+        Self { target, listener }
+    }
+
+    /// As [`Port::serve`].
+    pub async fn serve(mut self, shutdown: impl Future<Output = ()>) {
+        let mut tasks = Tasks::new(self.target);
+        let mut shutdown = std::pin::pin!(shutdown);
+        let mut reachable = true;
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                Some(_) = tasks.running.join_next(), if !tasks.running.is_empty() => {}
+                accepted = self.listener.accept(), if reachable => match accepted {
+                    Some(connection) => tasks.admit(Incoming::Loopback(connection)),
+                    // What is connected goes on.
+                    None => reachable = false,
+                },
+            }
         }
+        drop(self.listener);
+        tasks.end().await;
     }
 }
 
@@ -172,24 +196,45 @@ async fn accept(listeners: &[Listener]) -> io::Result<(TcpStream, Arrival)> {
 struct Tasks {
     target: Arc<Target>,
     connections: Arc<Semaphore>,
-    shutdown: watch::Receiver<bool>,
+    shutdown: watch::Sender<bool>,
     /// Aborted when dropped.
     running: JoinSet<()>,
 }
 
 impl Tasks {
-    fn admit(&mut self, stream: TcpStream, arrival: Arrival) {
-        let peer = arrival.peer;
+    fn new(target: Arc<Target>) -> Self {
+        Self {
+            connections: Arc::new(Semaphore::new(target.limits.max_connections)),
+            target,
+            shutdown: watch::channel(false).0,
+            running: JoinSet::new(),
+        }
+    }
+
+    /// Ends all associations, within a second.
+    async fn end(mut self) {
+        self.shutdown.send_replace(true);
+        let all = async { while self.running.join_next().await.is_some() {} };
+        if timeout(FAREWELL, all).await.is_err() {
+            tracing::warn!("some associations did not end in time");
+        }
+    }
+
+    fn admit(&mut self, incoming: Incoming) {
         let target = Arc::clone(&self.target);
         let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
             if target.quota.allow() {
-                tracing::warn!(%peer, "connection dropped: there are too many");
+                tracing::warn!(
+                    peer = incoming.peer(),
+                    "connection dropped: there are too many"
+                );
             }
             return;
         };
-        let shutdown = self.shutdown.clone();
+        let shutdown = self.shutdown.subscribe();
         self.running.spawn(async move {
-            let served = connection::serve(&target, stream, arrival, permit, shutdown).await;
+            let peer = incoming.peer();
+            let served = connection::serve(&target, incoming, permit, shutdown).await;
             if let Err(failure) = served
                 && target.quota.allow()
             {

@@ -1,6 +1,6 @@
 //! An association with one controller: bring-up, its I/O queue pairs, its loss, its end.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout};
 use super::address::{TargetAddress, share};
 use super::admin::{ADMIN_QUEUE_ENTRIES, Admin, LossReport};
 use super::connect::{ConnectQueue, Connected, Parties, connect_queue};
-use super::dial::{Dial, NewQueue, Tcp};
+use super::dial::{Dial, Local, NewQueue, Tcp};
 use super::enable::{enable, read_capabilities, shut_down};
 use super::error::{HostError, Loss};
 use super::identify::{ControllerInfo, identify_controller};
@@ -20,8 +20,9 @@ use super::options::HostOptions;
 use super::survey::Survey;
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::property::Cc;
-use crate::spec::{Sqe, Status, feature};
+use crate::spec::{Nqn, Sqe, Status, feature};
 use crate::transport::drive::Driven;
+use crate::transport::loopback::Connector;
 use crate::transport::{HostQueuePair, Registry, Transfer};
 
 /// In-capsule data that every admin queue takes over NVMe/TCP.
@@ -30,6 +31,8 @@ const ADMIN_IN_CAPSULE_LIMIT: u32 = 8192;
 const SURVEY_COMMANDS: u32 = 6;
 /// Longest wait for a controller's shutdown when bringing the association up failed.
 const FAILED_SHUTDOWN: Duration = Duration::from_millis(500);
+/// Stands for the address of a controller in this process.
+const LOCAL: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
 /// How long the end of the admin queue's task is waited for, once it was told.
 const STOP_GRACE: Duration = Duration::from_millis(100);
 
@@ -66,6 +69,30 @@ impl Association {
         let addresses = target.resolve(end).await?;
         let dial = Tcp::new(registry, options);
         Self::connect_any(&dial, &addresses, target, options, kato, end).await
+    }
+
+    /// As [`Self::connect`], to a controller in this process. Its address is shown as 0.0.0.0:0.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_local(
+        registry: &Registry,
+        connector: &Connector,
+        subnqn: &Nqn,
+        options: &HostOptions,
+    ) -> Result<Self, HostError> {
+        let kato = options.check()?;
+        let end = Instant::now() + options.connect_timeout;
+        let target = TargetAddress {
+            host: "this process".to_owned(),
+            port: LOCAL.port(),
+            subnqn: subnqn.clone(),
+        };
+        let dial = Local {
+            registry,
+            connector,
+        };
+        Self::connect_any(&dial, &[LOCAL], &target, options, kato, end).await
     }
 
     /// Connects at the first of several addresses where that works.
@@ -263,6 +290,24 @@ impl Association {
             pairs.push(self.open_io_queue(dial, qid).await?);
         }
         Ok(pairs)
+    }
+
+    /// Connects one I/O queue pair of an association with a controller in this process; `qid` is
+    /// from 1 to [`Self::io_queues_granted`].
+    ///
+    /// # Errors
+    /// As [`Self::open_io_queues`].
+    pub async fn open_local_io_queue(
+        &self,
+        registry: &Registry,
+        connector: &Connector,
+        qid: u16,
+    ) -> Result<Box<dyn HostQueuePair>, HostError> {
+        let dial = Local {
+            registry,
+            connector,
+        };
+        self.open_io_queue(&dial, qid).await
     }
 
     async fn open_io_queue(

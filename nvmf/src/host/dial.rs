@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use super::error::HostError;
 use super::options::HostOptions;
 use crate::spec::trtype;
+use crate::transport::loopback::Connector;
 use crate::transport::registry::Lease;
 use crate::transport::tcp::{self, ConnectError, Digests};
 use crate::transport::{HostQueuePair, QueueParams, Registry};
@@ -76,7 +77,7 @@ impl Dial for Tcp<'_> {
             // needs no more of it: see `connect_queue`.
             sq_flow_control: false,
             in_capsule_limit: queue.in_capsule_limit,
-            connection,
+            connection: connection.into(),
             lease: Lease::default(),
         };
         self.registry
@@ -85,6 +86,36 @@ impl Dial for Tcp<'_> {
                 at,
                 reason: error.to_string(),
             })
+    }
+}
+
+/// The loopback transport, to a controller of this process. Addresses mean nothing to it.
+pub(super) struct Local<'a> {
+    pub(super) registry: &'a Registry,
+    pub(super) connector: &'a Connector,
+}
+
+impl Dial for Local<'_> {
+    async fn open(
+        &self,
+        at: SocketAddr,
+        queue: NewQueue,
+        _deadline: Instant,
+    ) -> Result<Box<dyn HostQueuePair>, HostError> {
+        let failed = |reason: String| HostError::Transport { at, reason };
+        let connection = self.connector.connect().await;
+        let params = QueueParams {
+            admin: queue.admin,
+            queue_size: queue.entries,
+            sq_flow_control: false,
+            in_capsule_limit: queue.in_capsule_limit,
+            connection: connection
+                .map_err(|error| failed(error.to_string()))?
+                .into(),
+            lease: Lease::default(),
+        };
+        let opened = self.registry.open_host(trtype::INTRA_HOST, params);
+        opened.map_err(|error| failed(error.to_string()))
     }
 }
 

@@ -17,7 +17,7 @@ pub enum Turn {
 }
 
 /// Work that a worker drives: gather what is ready, process a bounded batch, flush once.
-pub trait Lane {
+pub trait Lane: Send {
     /// A number that changes whenever the descriptors of [`Self::descriptors`] change.
     fn generation(&self) -> u64;
 

@@ -9,12 +9,16 @@
 //! - Memory attached to a call is completed exactly once: it comes back in a [`Completion`],
 //!   [`ControllerEvent::Fetched`] or [`ControllerEvent::Sent`], with success or not, and never
 //!   while the transport or the kernel still refers to it.
+//! - Memory that [`ControllerQueuePair::lend`] gave out goes back with
+//!   [`ControllerQueuePair::restore`], whatever became of the command, and the command is not
+//!   completed before.
 //! - A queue pair ends once, with its cause in [`QueuePair::ending`]; what was outstanding then is
 //!   completed with [`Status::ABORTED_BY_HOST`] (host) or dropped with its buffers returned
 //!   (controller).
 
 pub mod drive;
 pub mod lane;
+pub mod loopback;
 pub mod registry;
 pub mod tcp;
 pub mod watch;
@@ -25,7 +29,7 @@ use memdesc::{MemSink, MemSource};
 
 use crate::spec::{Cqe, Sqe, Status};
 pub use lane::{Lane, Turn};
-pub use registry::{Opening, QueueParams, Registry, RegistryError, Transport};
+pub use registry::{Connection, Opening, QueueParams, Registry, RegistryError, Transport};
 
 /// What a queue pair (or a lane) waits for.
 #[derive(Debug, Clone, Copy)]
@@ -188,6 +192,18 @@ pub trait HostQueuePair: QueuePair {
 
     /// The next completion, if there is one.
     fn completion(&mut self) -> Option<Completion>;
+
+    /// A number that changes whenever the descriptor of [`QueuePair::interest`] does.
+    fn generation(&self) -> u64 {
+        0
+    }
+
+    /// Says that whoever drives this end drives the controller's end too, on the same thread and
+    /// until this end is gone: neither wakes the other any more, and the controller may borrow the
+    /// host's memory. False when the transport has no such thing.
+    fn couple(&mut self) -> bool {
+        false
+    }
 }
 
 /// A command outstanding at a controller: an index into the queue's slots, below its size.
@@ -263,6 +279,22 @@ pub trait ControllerQueuePair: QueuePair {
         source: MemSource,
         last: bool,
     ) -> Result<(), (MemSource, Status)>;
+
+    /// Gives the host's own memory of a command out, where the transport has it and nothing of it
+    /// was moved yet, to be read or filled in place: all of it, in place of [`Self::fetch`] and
+    /// [`Self::send`]. It must come back with [`Self::restore`], exactly once, when nothing refers
+    /// to it any more; until then the command is not completed, also when it is answered or the
+    /// queue pair ends.
+    fn lend(&mut self, tag: CommandTag) -> Option<Transfer> {
+        let _ = tag;
+        None
+    }
+
+    /// Takes back what [`Self::lend`] gave out for this command.
+    fn restore(&mut self, tag: CommandTag, lent: Transfer) {
+        // What was never lent cannot come back.
+        let _ = (tag, lent);
+    }
 
     /// Answers a command: CID and SQHD are filled in here. A success after the last data may
     /// travel as a flag of that data.

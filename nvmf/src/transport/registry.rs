@@ -2,12 +2,32 @@
 
 use std::sync::Arc;
 
-use super::tcp::Connection;
-use super::{ControllerQueuePair, HostQueuePair};
+use super::{ControllerQueuePair, HostQueuePair, loopback, tcp};
+
+/// What a queue pair runs over. A transport declines what is not its own.
+#[derive(Debug)]
+pub enum Connection {
+    /// A TCP connection.
+    Tcp(tcp::Connection),
+    /// One end of a connection inside this process.
+    Loopback(loopback::Connection),
+}
+
+impl From<tcp::Connection> for Connection {
+    fn from(connection: tcp::Connection) -> Self {
+        Self::Tcp(connection)
+    }
+}
+
+impl From<loopback::Connection> for Connection {
+    fn from(connection: loopback::Connection) -> Self {
+        Self::Loopback(connection)
+    }
+}
 
 /// A connected queue pair as the control plane hands it to a transport.
 #[derive(Debug)]
-pub struct QueueParams {
+pub struct QueueParams<C = Connection> {
     /// Admin queue, otherwise I/O.
     pub admin: bool,
     /// Queue size in entries (2 to 65536); one fewer can be outstanding.
@@ -17,9 +37,45 @@ pub struct QueueParams {
     /// Largest in-capsule data in bytes: what the host may send, or the controller accepts.
     pub in_capsule_limit: u32,
     /// The connection, negotiated.
-    pub connection: Connection,
+    pub connection: C,
     /// Kept by the queue pair as long as it lives: how the registry counts who uses a transport.
     pub lease: Lease,
+}
+
+impl QueueParams {
+    /// The same for a transport that takes one kind of connection only; as it was when `pick`
+    /// says that this one is of another kind.
+    pub(super) fn over<C>(
+        self,
+        pick: impl FnOnce(Connection) -> Result<C, Connection>,
+    ) -> Result<QueueParams<C>, Box<Self>> {
+        let Self {
+            admin,
+            queue_size,
+            sq_flow_control,
+            in_capsule_limit,
+            connection,
+            lease,
+        } = self;
+        match pick(connection) {
+            Ok(connection) => Ok(QueueParams {
+                admin,
+                queue_size,
+                sq_flow_control,
+                in_capsule_limit,
+                connection,
+                lease,
+            }),
+            Err(connection) => Err(Box::new(Self {
+                admin,
+                queue_size,
+                sq_flow_control,
+                in_capsule_limit,
+                connection,
+                lease,
+            })),
+        }
+    }
 }
 
 /// Counts as one user of a transport until it is dropped.
@@ -91,10 +147,11 @@ impl Registry {
         Self::default()
     }
 
-    /// The registry of this build: software TCP.
+    /// The registry of this build: software TCP and loopback.
     pub fn with_defaults() -> Self {
         let mut registry = Self::new();
-        registry.add(Box::new(super::tcp::Tcp));
+        registry.add(Box::new(tcp::Tcp));
+        registry.add(Box::new(loopback::Loopback));
         registry
     }
 

@@ -189,7 +189,7 @@ impl Rig {
             queue_size,
             sq_flow_control: false,
             in_capsule_limit: 8192,
-            connection,
+            connection: connection.into(),
             lease: Lease::default(),
         };
         let registry = Registry::with_defaults();

@@ -9,6 +9,7 @@ use super::super::{
     Command, CommandTag, ControllerEvent, ControllerQueuePair, Counters, Ending, Interest,
     QueuePair, QueueParams, Ready,
 };
+use super::Connection;
 use super::stream::{Memory, Stream, Target, is_large};
 use crate::spec::{Cqe, Status};
 use crate::tcp::{self, Controller, FetchError, QPair, SendError, TxPayload};
@@ -56,7 +57,7 @@ pub(super) struct TcpController {
 }
 
 impl TcpController {
-    pub(super) fn new(params: QueueParams) -> Self {
+    pub(super) fn new(params: QueueParams<Connection>) -> Self {
         let negotiated = &params.connection.negotiated;
         let limits = negotiated.limits(params.in_capsule_limit, params.admin);
         let machine = QPair::controller(params.queue_size, params.sq_flow_control, limits);

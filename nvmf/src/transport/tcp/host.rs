@@ -7,6 +7,7 @@ use super::super::{
     CommandId, Completion, Counters, Ending, HostQueuePair, Interest, QueuePair, QueueParams,
     Ready, Rejected, RejectedReason, Transfer,
 };
+use super::Connection;
 use super::stream::{Memory, Stream, Target, is_large};
 use crate::spec::Sqe;
 use crate::tcp::{Direction, Host, QPair, TxPayload};
@@ -31,7 +32,7 @@ pub(super) struct TcpHost {
 }
 
 impl TcpHost {
-    pub(super) fn new(params: QueueParams) -> Self {
+    pub(super) fn new(params: QueueParams<Connection>) -> Self {
         let negotiated = &params.connection.negotiated;
         let limits = negotiated.limits(params.in_capsule_limit, params.admin);
         let machine = QPair::host(params.queue_size, limits);

@@ -9,6 +9,7 @@ mod syscall;
 
 use std::net::TcpStream;
 
+use super::registry;
 use super::{ControllerQueuePair, HostQueuePair, Opening, QueueParams, Transport};
 use crate::spec::trtype;
 pub use crate::tcp::Digests;
@@ -42,10 +43,23 @@ impl Transport for Tcp {
     }
 
     fn open_host(&self, params: Box<QueueParams>) -> Opening<dyn HostQueuePair> {
-        Opening::Opened(Box::new(host::TcpHost::new(*params)))
+        match (*params).over(own) {
+            Ok(params) => Opening::Opened(Box::new(host::TcpHost::new(params))),
+            Err(params) => Opening::Declined(params),
+        }
     }
 
     fn open_controller(&self, params: Box<QueueParams>) -> Opening<dyn ControllerQueuePair> {
-        Opening::Opened(Box::new(controller::TcpController::new(*params)))
+        match (*params).over(own) {
+            Ok(params) => Opening::Opened(Box::new(controller::TcpController::new(params))),
+            Err(params) => Opening::Declined(params),
+        }
+    }
+}
+
+fn own(connection: registry::Connection) -> Result<Connection, registry::Connection> {
+    match connection {
+        registry::Connection::Tcp(connection) => Ok(connection),
+        other => Err(other),
     }
 }

@@ -1,0 +1,373 @@
+//! The two ends of a loopback connection: what they hand each other, and that memory comes back.
+#![expect(clippy::unwrap_used, reason = "a test ends when something is missing")]
+
+use memdesc::{MemSink, MemSource};
+use nvmf::spec::{Cqe, Sqe, Status, trtype};
+use nvmf::transport::loopback::Connection;
+use nvmf::transport::registry::Lease;
+use nvmf::transport::{
+    Command, Completion, ControllerEvent, ControllerQueuePair, Ending, HostQueuePair, QueueParams,
+    Ready, Registry, Transfer,
+};
+
+const QUEUE_SIZE: u32 = 8;
+
+type Host = Box<dyn HostQueuePair>;
+type Controller = Box<dyn ControllerQueuePair>;
+
+fn params(connection: Connection, sq_flow_control: bool) -> QueueParams {
+    QueueParams {
+        admin: false,
+        queue_size: QUEUE_SIZE,
+        sq_flow_control,
+        in_capsule_limit: 0,
+        connection: connection.into(),
+        lease: Lease::default(),
+    }
+}
+
+fn open(registry: &Registry, sq_flow_control: bool) -> (Host, Controller) {
+    let (host, controller) = Connection::pair().unwrap();
+    let host = registry.open_host(trtype::INTRA_HOST, params(host, sq_flow_control));
+    let controller =
+        registry.open_controller(trtype::INTRA_HOST, params(controller, sq_flow_control));
+    (host.unwrap(), controller.unwrap())
+}
+
+fn pair() -> (Host, Controller) {
+    open(&Registry::with_defaults(), false)
+}
+
+/// Ends that one owner drives, so that memory is lent.
+fn coupled() -> (Host, Controller) {
+    let (mut host, controller) = pair();
+    assert!(host.couple());
+    (host, controller)
+}
+
+fn ready() -> Ready {
+    Ready {
+        readable: true,
+        writable: true,
+    }
+}
+
+fn read(host: &mut Host, len: usize, token: u64) {
+    let sink = MemSink::from_bytes(vec![0xaa; len]);
+    let sqe = Sqe::read(1, 0, 1);
+    host.submit(sqe, Transfer::In(sink), token).unwrap();
+}
+
+fn write(host: &mut Host, data: &[u8], token: u64) {
+    let source = MemSource::from_bytes(data.to_vec());
+    let sqe = Sqe::write(1, 0, 1, false);
+    host.submit(sqe, Transfer::Out(source), token).unwrap();
+}
+
+/// Hands over what the host has queued, and gives the next command.
+fn arrived(host: &mut Host, controller: &mut Controller) -> Command {
+    host.flush(&mut ready());
+    controller.progress(&mut ready());
+    match controller.event() {
+        Some(ControllerEvent::Command(command)) => command,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn completed(host: &mut Host, controller: &mut Controller) -> Option<Completion> {
+    controller.flush(&mut ready());
+    host.progress(&mut ready());
+    host.completion()
+}
+
+fn bytes(transfer: Transfer) -> Vec<u8> {
+    match transfer {
+        Transfer::None => Vec::new(),
+        Transfer::In(sink) => sink.into_parts().1.unwrap(),
+        Transfer::Out(source) => source.into_parts().1.unwrap(),
+    }
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
+}
+
+const SIZES: [usize; 8] = [0, 1, 511, 512, 4096, 4097, 65537, 1 << 20];
+
+#[test]
+fn data_of_every_size_is_copied_between_ends_that_are_apart() {
+    let (mut host, mut controller) = pair();
+    let mut copied = 0;
+    for len in SIZES {
+        write(&mut host, &pattern(len), 1);
+        let Command { tag, data_len, .. } = arrived(&mut host, &mut controller);
+        assert_eq!(data_len as usize, len);
+        assert!(controller.lend(tag).is_none(), "not across threads");
+        let sink = MemSink::from_bytes(vec![0; len]);
+        controller.fetch(tag, 0, sink).unwrap();
+        let Some(ControllerEvent::Fetched { sink, result, .. }) = controller.event() else {
+            panic!("a fetch ends");
+        };
+        assert_eq!(result, Ok(()));
+        assert_eq!(bytes(Transfer::In(sink)), pattern(len));
+        controller.respond(tag, Cqe::default());
+        let done = completed(&mut host, &mut controller).unwrap();
+        assert_eq!((done.token, done.transferred as usize), (1, len));
+        assert!(done.cqe.status().is_success());
+        assert_eq!(bytes(done.transfer), pattern(len));
+
+        read(&mut host, len, 2);
+        let Command { tag, .. } = arrived(&mut host, &mut controller);
+        let half = len / 2;
+        for (range, last) in [(0..half, false), (half..len, true)] {
+            let at = range.start as u32;
+            let source = MemSource::from_bytes(pattern(len)[range].to_vec());
+            controller.send(tag, at, source, last).unwrap();
+            let event = controller.event();
+            assert!(matches!(event, Some(ControllerEvent::Sent { .. })));
+        }
+        controller.respond(tag, Cqe::default());
+        let done = completed(&mut host, &mut controller).unwrap();
+        assert!(done.cqe.status().is_success());
+        assert_eq!(bytes(done.transfer), pattern(len));
+        copied += 2 * len as u64;
+        assert_eq!(host.counters().copied_bytes, copied);
+    }
+    assert_eq!((host.outstanding(), controller.outstanding()), (0, 0));
+}
+
+#[test]
+fn lent_memory_is_the_hosts_own_and_is_not_copied() {
+    let (mut host, mut controller) = coupled();
+    for len in SIZES.into_iter().filter(|&len| len > 0) {
+        read(&mut host, len, 3);
+        let Command { tag, .. } = arrived(&mut host, &mut controller);
+        let Some(Transfer::In(mut sink)) = controller.lend(tag) else {
+            panic!("memory is lent");
+        };
+        assert!(controller.lend(tag).is_none(), "once only");
+        sink.copy_from(0, &pattern(len)).unwrap();
+        controller.restore(tag, Transfer::In(sink));
+        controller.respond(tag, Cqe::default());
+        let done = completed(&mut host, &mut controller).unwrap();
+        assert!(done.cqe.status().is_success());
+        assert_eq!((done.token, done.transferred as usize), (3, len));
+        assert_eq!(bytes(done.transfer), pattern(len));
+    }
+    assert_eq!(host.counters().copied_bytes, 0);
+}
+
+#[test]
+fn an_answered_command_is_not_completed_before_its_memory_is_back() {
+    let (mut host, mut controller) = coupled();
+    read(&mut host, 4096, 1);
+    let Command { tag, .. } = arrived(&mut host, &mut controller);
+    let lent = controller.lend(tag).unwrap();
+    controller.respond(tag, Cqe::new(0, Status::INTERNAL_ERROR));
+    assert!(completed(&mut host, &mut controller).is_none());
+    controller.restore(tag, lent);
+    let done = completed(&mut host, &mut controller).unwrap();
+    assert_eq!(done.cqe.status().code(), Status::INTERNAL_ERROR.code());
+    assert_eq!(done.transfer.len(), 4096);
+    assert!(completed(&mut host, &mut controller).is_none());
+}
+
+#[test]
+fn an_end_completes_everything_once_and_what_was_lent_when_it_is_back() {
+    for by_host in [true, false] {
+        let (mut host, mut controller) = coupled();
+        for token in 0..4 {
+            read(&mut host, 512, token);
+        }
+        let Command { tag, .. } = arrived(&mut host, &mut controller);
+        let lent = controller.lend(tag).unwrap();
+        // One is given out and not lent, two are not given out, one was not flushed.
+        let second = controller.event();
+        assert!(matches!(second, Some(ControllerEvent::Command(_))));
+        write(&mut host, &[1; 512], 4);
+        if by_host {
+            host.end();
+            controller.progress(&mut ready());
+            assert_eq!(controller.ending(), Some(&Ending::Closed));
+        } else {
+            controller.end();
+        }
+        let mut tokens = Vec::new();
+        while let Some(done) = completed(&mut host, &mut controller) {
+            assert_eq!(done.cqe.status().code(), Status::ABORTED_BY_HOST.code());
+            assert!(!done.sqhd_valid);
+            assert_eq!(done.transfer.len(), 512);
+            tokens.push(done.token);
+        }
+        tokens.sort_unstable();
+        assert_eq!(tokens, [1, 2, 3, 4]);
+        assert_eq!(host.ending(), None, "memory is still lent");
+        assert_eq!(host.room(), 0);
+        let sink = MemSink::from_bytes(vec![0; 1]);
+        let refused = host.submit(Sqe::read(1, 0, 1), Transfer::In(sink), 9);
+        assert_eq!(refused.unwrap_err().transfer.len(), 1);
+        controller.restore(tag, lent);
+        let done = completed(&mut host, &mut controller).unwrap();
+        assert_eq!((done.token, done.transfer.len()), (0, 512));
+        let cause = if by_host {
+            Ending::Local
+        } else {
+            Ending::Closed
+        };
+        assert_eq!(host.ending(), Some(&cause));
+        assert!(completed(&mut host, &mut controller).is_none());
+    }
+}
+
+#[test]
+fn a_host_that_is_gone_has_taken_its_memory_along() {
+    let (mut host, mut controller) = pair();
+    write(&mut host, &[1; 512], 1);
+    read(&mut host, 512, 2);
+    let Command { tag, .. } = arrived(&mut host, &mut controller);
+    drop(host);
+    let sink = MemSink::from_bytes(vec![0; 512]);
+    let (sink, status) = controller.fetch(tag, 0, sink).unwrap_err();
+    assert_eq!(status, Status::DATA_TRANSFER_ERROR);
+    assert_eq!(bytes(Transfer::In(sink)), [0; 512]);
+    controller.progress(&mut ready());
+    assert_eq!(controller.ending(), Some(&Ending::Closed));
+    assert!(controller.event().is_none());
+    controller.respond(tag, Cqe::default());
+    assert_eq!(controller.outstanding(), 0);
+}
+
+#[test]
+fn a_controller_that_is_gone_has_completed_everything() {
+    let (mut host, mut controller) = pair();
+    read(&mut host, 512, 1);
+    read(&mut host, 512, 2);
+    arrived(&mut host, &mut controller);
+    read(&mut host, 512, 3);
+    drop(controller);
+    host.progress(&mut ready());
+    let all = std::iter::from_fn(|| host.completion());
+    let mut tokens: Vec<u64> = all.map(|done| done.token).collect();
+    tokens.sort_unstable();
+    assert_eq!(tokens, [1, 2, 3]);
+    assert_eq!(host.ending(), Some(&Ending::Closed));
+}
+
+#[test]
+fn what_does_not_fit_the_commands_data_is_refused_and_comes_back() {
+    let (mut host, mut controller) = pair();
+    write(&mut host, &[1; 512], 1);
+    read(&mut host, 512, 2);
+    let Command { tag: out, .. } = arrived(&mut host, &mut controller);
+    let Some(ControllerEvent::Command(Command { tag: into, .. })) = controller.event() else {
+        panic!("two commands");
+    };
+    let sink = |len| MemSink::from_bytes(vec![0; len]);
+    let source = |len| MemSource::from_bytes(vec![0; len]);
+    assert_eq!(
+        controller.fetch(out, 1, sink(512)).unwrap_err().0.len(),
+        512
+    );
+    assert_eq!(
+        controller.fetch(into, 0, sink(512)).unwrap_err().0.len(),
+        512
+    );
+    assert_eq!(
+        controller
+            .send(out, 0, source(1), true)
+            .unwrap_err()
+            .0
+            .len(),
+        1
+    );
+    assert_eq!(
+        controller
+            .send(into, 0, source(513), true)
+            .unwrap_err()
+            .0
+            .len(),
+        513
+    );
+    assert_eq!(
+        controller
+            .send(into, 1, source(1), true)
+            .unwrap_err()
+            .0
+            .len(),
+        1
+    );
+}
+
+#[test]
+fn a_success_without_all_of_the_data_is_none() {
+    let (mut host, mut controller) = pair();
+    read(&mut host, 512, 1);
+    let Command { tag, .. } = arrived(&mut host, &mut controller);
+    let source = MemSource::from_bytes(vec![0; 511]);
+    controller.send(tag, 0, source, true).unwrap();
+    controller.respond(tag, Cqe::default());
+    let done = completed(&mut host, &mut controller).unwrap();
+    assert_eq!(done.cqe.status(), Status::DATA_TRANSFER_ERROR);
+    assert_eq!(done.transferred, 511);
+}
+
+#[test]
+fn a_queue_has_room_for_one_command_fewer_than_entries() {
+    let (mut host, mut controller) = pair();
+    for round in 0..3 {
+        for token in 1..u64::from(QUEUE_SIZE) {
+            read(&mut host, 1, token);
+        }
+        assert_eq!(host.room(), 0);
+        let sink = MemSink::from_bytes(vec![0; 1]);
+        assert!(
+            host.submit(Sqe::read(1, 0, 1), Transfer::In(sink), 99)
+                .is_err()
+        );
+        host.flush(&mut ready());
+        controller.progress(&mut ready());
+        while let Some(event) = controller.event() {
+            let ControllerEvent::Command(Command { tag, sqe, .. }) = event else {
+                panic!("{event:?}");
+            };
+            assert_eq!(sqe.cid.get(), tag.0);
+            controller.respond(tag, Cqe::new(0, Status::INVALID_FIELD));
+        }
+        controller.flush(&mut ready());
+        host.progress(&mut ready());
+        let done = std::iter::from_fn(|| host.completion()).count();
+        assert_eq!(done, QUEUE_SIZE as usize - 1, "round {round}");
+    }
+}
+
+#[test]
+fn sqhd_follows_the_queue_unless_flow_control_is_off() {
+    for on in [true, false] {
+        let (mut host, mut controller) = open(&Registry::with_defaults(), on);
+        controller.set_sq_flow_control(on, QUEUE_SIZE);
+        for command in 1..20u16 {
+            read(&mut host, 0, 1);
+            let Command { tag, .. } = arrived(&mut host, &mut controller);
+            controller.respond(tag, Cqe::default());
+            let done = completed(&mut host, &mut controller).unwrap();
+            let sqhd = if on { command % 8 } else { 0xffff };
+            assert_eq!(done.cqe.sqhd.get(), sqhd);
+        }
+    }
+}
+
+#[test]
+fn a_transport_in_use_cannot_leave_and_declines_what_is_not_its_own() {
+    let mut registry = Registry::with_defaults();
+    let (host, controller) = open(&registry, false);
+    assert_eq!(registry.queue_pairs("loopback"), 2);
+    assert!(registry.remove("loopback").is_err());
+    drop((host, controller));
+    registry.remove("loopback").unwrap();
+    let (host, _controller) = Connection::pair().unwrap();
+    assert!(
+        registry
+            .open_host(trtype::TCP, params(host, false))
+            .is_err()
+    );
+}

@@ -1,0 +1,82 @@
+//! Opens what stores a namespace's blocks, and says at the end what was done with it.
+
+use std::sync::Arc;
+
+use nvmf::backend::{
+    Backend, Counts, FileBackend, NullBackend, NullError, OpenError, RamBackend, RamError,
+};
+use nvmf::controller::Subsystem;
+
+use crate::config::{NamespaceConfig, Storage};
+
+/// Why storage cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StorageError {
+    /// A file cannot be used.
+    #[error(transparent)]
+    File(#[from] OpenError),
+    /// Memory cannot be had.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Nothing of that size.
+    #[error(transparent)]
+    Null(#[from] NullError),
+}
+
+/// Opens the storage of a namespace.
+///
+/// # Errors
+/// [`StorageError`] as one line.
+pub(crate) fn open(namespace: &NamespaceConfig) -> Result<Arc<dyn Backend>, StorageError> {
+    let block_size = namespace.block_size.bytes();
+    Ok(match &namespace.storage {
+        Storage::File {
+            path,
+            read_only,
+            direct: false,
+        } => Arc::new(FileBackend::open(path, block_size, *read_only)?),
+        Storage::File {
+            path,
+            read_only,
+            direct: true,
+        } => Arc::new(FileBackend::open_direct(path, block_size, *read_only)?),
+        Storage::Ram { size } => Arc::new(RamBackend::new(size.bytes(), block_size)?),
+        Storage::Null { size } => Arc::new(NullBackend::new(size.bytes(), block_size)?),
+    })
+}
+
+/// Logs the counters of every namespace.
+pub(crate) fn log_counts(subsystem: &Subsystem) {
+    for namespace in subsystem.namespaces() {
+        log(namespace.nsid(), namespace.backend().counters().read());
+    }
+}
+
+fn log(nsid: u32, counts: Counts) {
+    let Counts {
+        reads,
+        writes,
+        fua_writes,
+        flushes,
+        write_zeroes,
+        deallocates,
+        read_bytes,
+        written_bytes,
+        copied_bytes,
+        errors,
+    } = counts;
+    tracing::info!(
+        nsid,
+        reads,
+        writes,
+        fua_writes,
+        flushes,
+        write_zeroes,
+        deallocates,
+        read_bytes,
+        written_bytes,
+        copied_bytes,
+        errors,
+        "namespace counters"
+    );
+}
