@@ -50,11 +50,11 @@ impl Subsystem {
     }
 
     /// Connects with so many I/O queues, and waits for the namespaces.
-    fn connect(&self, guest: &mut Guest, queues: u16) -> Result<String> {
+    fn connect(&self, guest: &mut Guest, queues: u16, digests: &str) -> Result<String> {
         let Self { port, nqn } = self;
         guest.sh(&format!(
             "nvme connect -t tcp -a 10.0.2.2 -s {port} -n {nqn} --keep-alive-tmo=5 --nr-io-queues={queues} \
-             {HOST}\n\
+             {HOST} {digests}\n\
              for i in $(seq 100); do [ $(ls -d /sys/block/nvme1n* | wc -l) = 3 ] && break; sleep 0.1; done\n\
              for n in /sys/block/nvme1n*; do ln -sf $(basename $n) /dev/nsid$(cat $n/nsid); done"
         ))?;
@@ -96,7 +96,7 @@ fn a_linux_host_finds_everything_that_it_looks_for() {
     .unwrap();
     guest.sh("modprobe nvme-tcp").unwrap();
 
-    checks.check("nvme connect", || subsystem.connect(&mut guest, 4));
+    checks.check("nvme connect", || subsystem.connect(&mut guest, 4, ""));
     identities(&mut checks, &mut guest, &subsystem);
     log_pages(&mut checks, &mut guest);
     features(&mut checks, &mut guest);
@@ -114,9 +114,13 @@ fn a_linux_host_finds_everything_that_it_looks_for() {
         Ok("3 namespaces")
     });
     checks.check("nvme disconnect", || subsystem.disconnect(&mut guest));
-    for queues in [1, 2, 4] {
-        checks.check(&format!("fio verify on {queues} queues"), || {
-            subsystem.connect(&mut guest, queues)?;
+    for (queues, digests) in [
+        (1, ""),
+        (2, "--hdr-digest --data-digest"),
+        (4, "--data-digest"),
+    ] {
+        checks.check(&format!("fio verify on {queues} queues {digests}"), || {
+            subsystem.connect(&mut guest, queues, digests)?;
             let seen = fio_verify(&mut guest, MEMORY, 4, 0)?;
             subsystem.disconnect(&mut guest)?;
             Ok(seen)

@@ -1,11 +1,11 @@
 //! Linux's own NVMe/TCP target, nvmet in one guest, whose namespaces `attach` brings to another guest.
 
 use anyhow::{Context, Result, ensure};
-use guest_tests::{Attach, Checks, Guest, GuestOptions, Seeded, rounds};
+use guest_tests::{Attach, AttachOptions, Checks, Disk, Guest, GuestOptions, Seeded, rounds};
 use tempfile::TempDir;
 
 use crate::cases::{
-    Configured, attach, file_system_holds_a_tree, fio_verify, no_kernel_errors, range_is_cleared,
+    Configured, file_system_holds_a_tree, fio_verify, no_kernel_errors, range_is_cleared,
     write_and_read_back,
 };
 use crate::{MIB, seed};
@@ -23,6 +23,8 @@ struct Exported {
     port: u16,
     /// In-capsule data that the port takes, in bytes.
     inline: u32,
+    /// How it is attached.
+    digests: &'static [&'static str],
 }
 
 const EXPORTED: [Exported; 3] = [
@@ -38,6 +40,7 @@ const EXPORTED: [Exported; 3] = [
         nsid: 1,
         port: 4420,
         inline: 0,
+        digests: &[],
     },
     Exported {
         seen: Configured {
@@ -51,6 +54,7 @@ const EXPORTED: [Exported; 3] = [
         nsid: 2,
         port: 4421,
         inline: 4096,
+        digests: &["--hdr-digest", "--data-digest"],
     },
     Exported {
         seen: Configured {
@@ -64,6 +68,7 @@ const EXPORTED: [Exported; 3] = [
         nsid: 7,
         port: 4422,
         inline: 16384,
+        digests: &["--data-digest"],
     },
 ];
 
@@ -131,13 +136,26 @@ fn a_linux_target_is_a_disk_like_any_other() {
     let mut attached = Vec::new();
     let mut disks = Vec::new();
     for Exported {
-        seen, nsid, port, ..
+        seen,
+        nsid,
+        port,
+        digests,
+        ..
     } in &EXPORTED
     {
         let uri = uri(&target, *port, NQN, *nsid).unwrap();
-        let (attach, disk) = attach(&directory, &uri, seen.serial, seen.queues, false).unwrap();
-        attached.push(attach);
-        disks.push(disk);
+        let socket = directory.path().join(format!("{}.sock", seen.serial));
+        let options = AttachOptions {
+            num_queues: Some(seen.queues),
+            serial: Some(seen.serial.to_owned()),
+            arguments: digests.iter().map(|&it| it.to_owned()).collect(),
+            ..AttachOptions::default()
+        };
+        attached.push(Attach::start(&socket, &uri, &options).unwrap());
+        disks.push(Disk {
+            socket,
+            queues: seen.queues,
+        });
     }
     // It complains of Connects that it refuses.
     target.sh("dmesg -C").unwrap();
@@ -147,8 +165,15 @@ fn a_linux_target_is_a_disk_like_any_other() {
         ..GuestOptions::default()
     })
     .unwrap();
-    for Exported { seen, inline, .. } in EXPORTED {
-        let name = format!("{} through {inline} bytes in-capsule", seen.serial);
+    for Exported {
+        seen,
+        inline,
+        digests,
+        ..
+    } in EXPORTED
+    {
+        let digests = digests.join(" ");
+        let name = format!("{} with {inline} bytes in-capsule {digests}", seen.serial);
         checks.check(&format!("{name}: what the guest sees"), || {
             seen.check(&mut guest)
         });

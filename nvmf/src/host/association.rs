@@ -27,6 +27,9 @@ use crate::transport::{HostQueuePair, Registry, Transfer};
 
 /// In-capsule data that every admin queue takes over NVMe/TCP.
 const ADMIN_IN_CAPSULE_LIMIT: u32 = 8192;
+/// Largest transfer of one command with data digests, in bytes. Linux targets check one digest over
+/// all that a command writes, so it has to travel in one PDU; this much does.
+const DIGEST_TRANSFER_MAX: u64 = 128 << 10;
 /// A look at all namespaces may take this many times as long as a command.
 const SURVEY_COMMANDS: u32 = 6;
 /// Longest wait for a controller's shutdown when bringing the association up failed.
@@ -164,7 +167,12 @@ impl Association {
         let keep_alive = (kato != 0)
             .then(|| KeepAlive::start(admin.clone(), Duration::from_millis(kato.into())));
         let identified = async {
-            let info = identify_controller(&admin, parties.subnqn, cap, connected.cntlid).await?;
+            let mut info =
+                identify_controller(&admin, parties.subnqn, cap, connected.cntlid).await?;
+            if options.data_digest {
+                let most = info.max_transfer.unwrap_or(DIGEST_TRANSFER_MAX);
+                info.max_transfer = Some(most.min(DIGEST_TRANSFER_MAX));
+            }
             let granted = ask_for_queues(&admin, options.nr_io_queues).await?;
             Ok((info, granted))
         };

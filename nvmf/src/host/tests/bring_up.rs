@@ -305,3 +305,24 @@ async fn version_2_controllers_are_asked_for_their_command_set_limits() {
     let association = connect(&controller).await.unwrap();
     assert_eq!(association.controller().deallocate.max_ranges, 256);
 }
+
+#[tokio::test]
+async fn with_data_digests_no_command_moves_more_than_one_pdu_does() {
+    for (mdts, digest, expected) in [
+        (0, false, None),
+        (0, true, Some(128 << 10)),
+        (4, true, Some(64 << 10)),
+        (8, true, Some(128 << 10)),
+        (8, false, Some(1 << 20)),
+    ] {
+        let controller = Scripted::new().with(|model| model.identity.mdts = mdts);
+        let mut options = options();
+        options.data_digest = digest;
+        let association = connect_with(&controller, &options).await.unwrap();
+        assert_eq!(
+            association.controller().max_transfer,
+            expected,
+            "MDTS {mdts}"
+        );
+    }
+}
