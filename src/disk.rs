@@ -24,7 +24,7 @@ use crate::worker::mailbox::{LaneMessage, Mailbox};
 
 /// How long rings may take to drain when the daemon is told to end.
 const DRAIN: Duration = Duration::from_millis(500);
-/// How long lanes may take to let go of everything.
+/// How long all lanes together may take to let go of everything.
 const LET_GO: Duration = Duration::from_millis(200);
 /// How long the controller may take to shut down.
 const SHUTDOWN: Duration = Duration::from_millis(600);
@@ -242,10 +242,21 @@ impl Disk {
                 tracing::warn!(disk = self.name, "requests in flight are given up");
             }
         }
-        for lane in &self.lanes {
-            let (done, ended) = oneshot::channel();
-            lane.send(LaneMessage::End { done }).await;
-            let _ = timeout(LET_GO, ended).await;
+        // All are told before any is waited for, so that many take no longer than one.
+        let let_go = async {
+            let mut ends = Vec::with_capacity(self.lanes.len());
+            for lane in &self.lanes {
+                let (done, ended) = oneshot::channel();
+                lane.send(LaneMessage::End { done }).await;
+                ends.push(ended);
+            }
+            for ended in ends {
+                // An error means that the lane is gone, which is an end too.
+                let _ = ended.await;
+            }
+        };
+        if timeout(LET_GO, let_go).await.is_err() {
+            tracing::warn!(disk = self.name, "some lanes did not end in time");
         }
         self.association.shutdown(SHUTDOWN).await;
         self.counters.totals().log(&self.name);
