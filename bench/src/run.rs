@@ -34,8 +34,13 @@ struct Entrant {
 /// Nothing can be measured, or the user wants an end. A contender that fails alone is left out, and said to be.
 pub(crate) fn run(options: &Options) -> Result<Results> {
     let machine = machine()?;
+    for wanted in &options.rows {
+        let known = rows::all()
+            .iter()
+            .any(|row| row.name().contains(wanted.as_str()));
+        ensure!(known, "no row is called '{wanted}'; see --list");
+    }
     let rows = choose(rows::all(), Row::name, &options.rows);
-    ensure!(!rows.is_empty(), "no row is called that; see --list");
     let contenders = contenders(options)?;
     ensure!(
         !contenders.is_empty(),
