@@ -167,6 +167,15 @@ pub(crate) struct AttachArgs {
     /// Ask for a CRC32C digest of all data; what the guest writes is then copied once
     #[arg(long)]
     pub(crate) data_digest: bool,
+    /// Nanoseconds for which a lane looks for the next request before it sleeps, while that pays; 0 sleeps
+    /// at once, and others' processors stay free
+    #[arg(
+        long,
+        value_name = "NS",
+        default_value_t = 0,
+        value_parser = value_parser!(u32).range(limits::POLL_MAX_NS)
+    )]
+    pub(crate) poll_max_ns: u32,
     /// nvme+tcp://HOST[:4420]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]
     #[arg(value_name = "URI")]
     pub(crate) uri: Uri,
@@ -196,6 +205,15 @@ pub(crate) struct ServeArgs {
     /// Lanes that work on requests, each with an I/O queue pair [default: as many as CPUs]
     #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(limits::NR_IO_QUEUES))]
     pub(crate) nr_io_queues: Option<u16>,
+    /// Nanoseconds for which a lane looks for the next request before it sleeps, while that pays; 0 sleeps
+    /// at once, and others' processors stay free
+    #[arg(
+        long,
+        value_name = "NS",
+        default_value_t = 0,
+        value_parser = value_parser!(u32).range(limits::POLL_MAX_NS)
+    )]
+    pub(crate) poll_max_ns: u32,
     /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with [,block-size=512|4096][,uuid=U]
     #[arg(
         value_name = "SPEC",

@@ -43,6 +43,8 @@ pub(crate) struct Backing {
     pub(crate) namespace: NamespaceInfo,
     /// Connected I/O queue pairs, at least one.
     pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
+    /// How long a lane looks for work before it sleeps, at most.
+    pub(crate) poll_max: Duration,
 }
 
 /// A disk that is served.
@@ -94,6 +96,7 @@ impl Disk {
             association,
             namespace,
             pairs,
+            poll_max: config.poll_max,
         };
         Ok(Self::new(backing, config.choices(), workers).await)
     }
@@ -105,6 +108,7 @@ impl Disk {
             association,
             namespace,
             pairs,
+            poll_max,
         } = backing;
         let controller = association.controller();
         let limits = Limits::new(controller, &namespace);
@@ -120,6 +124,7 @@ impl Disk {
                 mail,
                 counters: counters.lane(),
                 slots: LANE_SLOTS,
+                poll_max,
             };
             worker
                 .place(Box::new(move || Box::new(DeviceLane::new(setup))))

@@ -23,6 +23,9 @@ pub(crate) const DEFAULT_QUEUE_SIZE: u16 = 128;
 /// The same for a local disk: as many as a lane has requests in flight.
 pub(crate) const LOCAL_QUEUE_SIZE: u16 = 1024;
 
+/// Nanoseconds of looking for work before a sleep: longer than a millisecond is a polling core.
+pub(crate) const POLL_MAX_NS: RangeInclusive<i64> = 0..=1_000_000;
+
 /// Seconds after which a silent association is lost; 0 turns keep-alive off.
 pub(crate) const KEEP_ALIVE_SECONDS: RangeInclusive<i64> = 0..=3600;
 /// Short, because a write whose fate is unknown holds later writes back for a multiple of it.

@@ -90,6 +90,7 @@ impl Local {
             association,
             namespace,
             pairs,
+            poll_max: config.poll_max,
         };
         let disk = Disk::new(backing, config.choices, workers).await;
         Ok((local, disk))

@@ -35,6 +35,8 @@ pub(crate) struct AttachConfig {
     pub(crate) serial: Option<Serial>,
     /// The guest may not write.
     pub(crate) read_only: bool,
+    /// How long a lane looks for work before it sleeps, at most.
+    pub(crate) poll_max: Duration,
     /// Who connects, and with what queues.
     pub(crate) host: HostOptions,
     /// The namespace.
@@ -48,6 +50,8 @@ pub(crate) struct ServeConfig {
     pub(crate) socket_path: PathBuf,
     /// What the user decides about the disk.
     pub(crate) choices: Choices,
+    /// How long a lane looks for work before it sleeps, at most.
+    pub(crate) poll_max: Duration,
     /// How the embedded controller is connected to.
     pub(crate) host: HostOptions,
     /// The storage.
@@ -143,6 +147,7 @@ impl AttachConfig {
             num_queues: args.num_queues,
             serial: args.serial,
             read_only: args.read_only,
+            poll_max: Duration::from_nanos(args.poll_max_ns.into()),
             host: HostOptions {
                 nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
                 queue_size: args.queue_size,
@@ -190,6 +195,7 @@ impl ServeConfig {
                 serial: args.serial,
                 read_only,
             },
+            poll_max: Duration::from_nanos(args.poll_max_ns.into()),
             host: HostOptions {
                 nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
                 queue_size: LOCAL_QUEUE_SIZE,

@@ -3,6 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use nvmf::spec::Status;
 use nvmf::transport::{Counters, HostQueuePair, Lane, Ready, Rejected, RejectedReason, Turn};
@@ -10,6 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use vhost_user_blk::{BlkStatus, Operation, Queue, Request, Token};
 
 use super::mailbox::LaneMessage;
+use super::patience::Patience;
 use crate::bridge::inflight::{Finished, Inflight};
 use crate::bridge::status::FailureLog;
 use crate::bridge::transfer::Storage;
@@ -18,6 +20,11 @@ use crate::metrics::LaneCounters;
 
 /// Requests taken from one ring in one turn, before other rings and lanes get theirs.
 const TAKE_MAX: usize = 128;
+
+/// The same where a path answers within its flush. The guest goes on with what was answered while
+/// the next are worked on, so that neither waits for the other; larger batches would have both take
+/// turns, and sleep in between.
+const ANSWERED_MAX: usize = 8;
 
 /// A guest's request in flight.
 #[derive(Debug)]
@@ -59,6 +66,11 @@ pub(crate) struct DeviceLane {
     mail: mpsc::Receiver<LaneMessage>,
     generation: u64,
     ended: bool,
+    /// Requests that the next turn takes from one ring, where a path answers within its flush.
+    batch: usize,
+    /// Requests that can be in flight.
+    slots: usize,
+    patience: Patience,
     counters: Arc<LaneCounters>,
 }
 
@@ -76,6 +88,8 @@ pub(crate) struct LaneSetup {
     pub(crate) counters: Arc<LaneCounters>,
     /// Guest requests that may be in flight at once.
     pub(crate) slots: usize,
+    /// How long it looks for work before it sleeps, at most.
+    pub(crate) poll_max: Duration,
 }
 
 impl DeviceLane {
@@ -88,6 +102,7 @@ impl DeviceLane {
             mail,
             counters,
             slots,
+            poll_max,
         } = setup;
         Self {
             name,
@@ -101,6 +116,9 @@ impl DeviceLane {
             mail,
             generation: 0,
             ended: false,
+            batch: 1,
+            slots,
+            patience: Patience::new(poll_max),
             counters,
         }
     }
@@ -251,17 +269,19 @@ impl DeviceLane {
 
     /// Takes requests from the rings that may have some. True when one has more for the next turn.
     fn take_requests(&mut self) -> bool {
+        let answers = self.paths.iter().any(|pair| pair.answers_in_flush());
+        let most = if answers { self.batch } else { TAKE_MAX };
         let mut more = false;
         for at in 0..self.rings.len() {
             if self.rings[at].scan && self.rings[at].stopping.is_none() {
-                more |= self.take_from(at);
+                more |= self.take_from(at, most);
             }
         }
         more
     }
 
-    fn take_from(&mut self, at: usize) -> bool {
-        for _ in 0..TAKE_MAX {
+    fn take_from(&mut self, at: usize, most: usize) -> bool {
+        for _ in 0..most {
             if self.inflight.room() == 0 || self.inflight.is_waiting() {
                 // Completions make room, and then the scan goes on.
                 return false;
@@ -380,6 +400,14 @@ impl DeviceLane {
         }
     }
 
+    /// Has the next turn scan rings as if they had been kicked. Kicks stay off meanwhile: the driver
+    /// need not leave its guest to tell what is looked for.
+    fn look_again(&mut self) {
+        for ring in &mut self.rings {
+            ring.scan |= ring.dry;
+        }
+    }
+
     /// Asks for kicks where everything was taken. True when requests arrived meanwhile.
     fn rearm(&mut self) -> bool {
         let mut again = false;
@@ -390,6 +418,11 @@ impl DeviceLane {
             }
         }
         again
+    }
+
+    /// Nothing is in flight.
+    fn is_idle(&self) -> bool {
+        self.inflight.room() == self.slots
     }
 
     fn publish_counters(&self) {
@@ -469,12 +502,26 @@ impl Lane for DeviceLane {
         let mut again = self.progress(path_ready);
         self.issue();
         again |= self.take_requests();
+        if !self.is_idle() {
+            self.patience.worked(Instant::now);
+        }
         again |= self.flush_paths(path_ready);
         again |= self.settle_at_once();
         again |= self.drop_lost_paths();
         self.finish();
         self.flush_rings();
-        again |= self.rearm();
+        // The first answer after a pause wakes the guest's driver, so it should come soon.
+        self.batch = if again {
+            (self.batch * 2).min(ANSWERED_MAX)
+        } else {
+            1
+        };
+        if !again && self.is_idle() && self.patience.look_again(Instant::now) {
+            self.look_again();
+            again = true;
+        } else {
+            again |= self.rearm();
+        }
         self.publish_counters();
         if again { Turn::Again } else { Turn::Idle }
     }

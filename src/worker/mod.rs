@@ -2,6 +2,7 @@
 
 pub(crate) mod lane;
 pub(crate) mod mailbox;
+mod patience;
 
 use std::future::poll_fn;
 use std::io;

@@ -198,6 +198,12 @@ pub trait HostQueuePair: QueuePair {
         0
     }
 
+    /// True where a flush has the controller work on what was submitted, so that much of it is
+    /// complete when the flush is over.
+    fn answers_in_flush(&self) -> bool {
+        false
+    }
+
     /// Says that whoever drives this end drives the controller's end too, on the same thread and
     /// until this end is gone: neither wakes the other any more, and the controller may borrow the
     /// host's memory. False when the transport has no such thing.

@@ -168,4 +168,8 @@ impl HostQueuePair for Coupled {
     fn generation(&self) -> u64 {
         self.generation
     }
+
+    fn answers_in_flush(&self) -> bool {
+        true
+    }
 }
