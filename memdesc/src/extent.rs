@@ -6,12 +6,12 @@ use std::ptr::NonNull;
 /// Bytes that a digest takes at a time: they stay in the first cache between copy and sum.
 const DIGEST_PIECE: usize = 4096;
 
-/// A range that does not lie inside the memory described.
+/// A range that does not lie inside what is described, or that ends before it begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OutOfBounds {
     /// First byte asked for.
     pub offset: usize,
-    /// Bytes asked for.
+    /// Bytes asked for; 0 for a range that ends before it begins.
     pub len: usize,
     /// Bytes that the memdesc has.
     pub available: usize,
@@ -139,6 +139,11 @@ impl Extent {
         }
     }
 
+    /// The length of a range that lies inside.
+    pub(crate) fn span(&self, range: &Range<usize>) -> Result<usize, OutOfBounds> {
+        span(range, self.len)
+    }
+
     /// Calls `piece` with each contiguous piece of the range, in order, until it returns false.
     fn for_pieces(&self, range: Range<usize>, mut piece: impl FnMut(*mut u8, usize) -> bool) {
         let mut skip = range.start;
@@ -167,11 +172,10 @@ impl Extent {
         max: usize,
         out: &mut Vec<libc::iovec>,
     ) -> Result<usize, OutOfBounds> {
-        let len = range.end.saturating_sub(range.start);
-        self.check(range.start, len)?;
+        self.span(&range)?;
         let mut covered = 0;
         let mut room = max;
-        self.for_pieces(range.start..range.start + len, |base, len| {
+        self.for_pieces(range, |base, len| {
             if room == 0 {
                 return false;
             }
@@ -192,10 +196,9 @@ impl Extent {
         range: Range<usize>,
         mut list: Vec<Segment>,
     ) -> Result<Self, OutOfBounds> {
-        let len = range.end.saturating_sub(range.start);
-        self.check(range.start, len)?;
+        let len = self.span(&range)?;
         list.clear();
-        self.for_pieces(range.start..range.start + len, |base, len| {
+        self.for_pieces(range, |base, len| {
             if let Some(base) = NonNull::new(base) {
                 list.push(Segment { base, len });
             }
@@ -236,11 +239,10 @@ impl Extent {
     /// Extends a CRC32C over the range. The bytes are copied to private memory piece by piece: the
     /// digest is taken of what can no longer change, and no reference to foreign memory exists.
     pub(crate) fn crc32c(&self, range: Range<usize>, crc: u32) -> Result<u32, OutOfBounds> {
-        let len = range.end.saturating_sub(range.start);
-        self.check(range.start, len)?;
+        self.span(&range)?;
         let mut private = [0u8; DIGEST_PIECE];
         let mut crc = crc;
-        self.for_pieces(range.start..range.start + len, |base, len| {
+        self.for_pieces(range, |base, len| {
             let mut done = 0;
             while done < len {
                 let take = (len - done).min(DIGEST_PIECE);
@@ -257,16 +259,41 @@ impl Extent {
         Ok(crc)
     }
 
+    /// Calls `piece` with the address and length of each contiguous piece of the range, in order.
+    pub(crate) fn pieces(
+        &self,
+        range: Range<usize>,
+        mut piece: impl FnMut(*const u8, usize),
+    ) -> Result<(), OutOfBounds> {
+        self.span(&range)?;
+        self.for_pieces(range, |base, len| {
+            piece(base, len);
+            true
+        });
+        Ok(())
+    }
+
     pub(crate) fn fill(&self, range: Range<usize>, byte: u8) -> Result<(), OutOfBounds> {
-        let len = range.end.saturating_sub(range.start);
-        self.check(range.start, len)?;
-        self.for_pieces(range.start..range.start + len, |base, len| {
+        self.span(&range)?;
+        self.for_pieces(range, |base, len| {
             // SAFETY: the piece lies in a live, writable segment.
             unsafe { std::ptr::write_bytes(base, byte, len) };
             true
         });
         Ok(())
     }
+}
+
+/// The length of a range of something that has `available` bytes.
+pub(crate) fn span(range: &Range<usize>, available: usize) -> Result<usize, OutOfBounds> {
+    if range.start <= range.end && range.end <= available {
+        return Ok(range.end - range.start);
+    }
+    Err(OutOfBounds {
+        offset: range.start,
+        len: range.end.saturating_sub(range.start),
+        available,
+    })
 }
 
 /// Copies between two extents that may overlap in memory (a guest may well ask for that).

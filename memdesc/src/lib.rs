@@ -1,11 +1,20 @@
 //! Memory that someone else owns, described so that a transport can read it or fill it in place.
 //!
+//! | kind | made by |
+//! | --- | --- |
+//! | contiguous memory, scatter lists, guest memory | `from_segments`: one segment, or several; a guest's are those of its memory map |
+//! | owned bytes | `from_bytes`, which also gives them back |
+//! | zeroes | [`MemSource::zeroes`] |
+//! | a range of a file | [`FileSource`] and [`FileSink`], types of their own: see there |
+//!
 //! A memdesc is a list of segments and what keeps them mapped. [`MemSource`] is memory that is
 //! read (host data on its way to a controller), [`MemSink`] is memory that is written. Neither
 //! ever lends a `&[u8]` over its segments: a guest may change them at any time, so they are
 //! reached by copies into private memory, by vectors handed to the kernel, and in no other way.
 //!
 //! NVMe/TCP is a byte stream, so segments need no alignment and may have any length.
+//!
+//! Every range is checked: one that is not inside is an error, and nothing has happened then.
 //!
 //! Segment lists travel by value and come back with [`MemSource::into_parts`] or
 //! [`MemSink::into_parts`], so that a lane reuses their storage and allocates nothing for a request.
@@ -16,10 +25,12 @@
 )]
 
 mod extent;
+mod file;
 mod sink;
 mod source;
 
 pub use extent::{OutOfBounds, Segment};
+pub use file::{FileError, FileSink, FileSource};
 pub use sink::MemSink;
 pub use source::MemSource;
 

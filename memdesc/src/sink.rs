@@ -88,6 +88,19 @@ impl MemSink {
         self.0.crc32c(range, crc)
     }
 
+    /// Names the address and length of each piece of a range, in order: of one that the kernel wrote
+    /// through vectors, for whoever keeps a log of the memory that was written.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] when the range is not inside; `piece` is not called then.
+    pub fn written(
+        &self,
+        range: Range<usize>,
+        piece: impl FnMut(*const u8, usize),
+    ) -> Result<(), OutOfBounds> {
+        self.0.pieces(range, piece)
+    }
+
     /// Turns what was filled into something to read, with the same memory.
     pub fn into_source(self) -> crate::MemSource {
         crate::MemSource::from_extent(self.0)

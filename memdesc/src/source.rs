@@ -58,7 +58,7 @@ impl MemSource {
     /// [`OutOfBounds`] when the range is not inside.
     pub fn slice(&self, range: Range<usize>, list: Vec<Segment>) -> Result<Self, OutOfBounds> {
         if self.0.is_owned() {
-            let mut bytes = vec![0; range.end.saturating_sub(range.start).min(self.len())];
+            let mut bytes = vec![0; self.0.span(&range)?];
             self.copy_to(range.start, &mut bytes)?;
             return Ok(Self::from_bytes_with(bytes, list));
         }
@@ -85,6 +85,16 @@ impl MemSource {
     /// [`OutOfBounds`] when the range is not inside; nothing is copied then.
     pub fn copy_to(&self, offset: usize, into: &mut [u8]) -> Result<(), OutOfBounds> {
         self.0.read(offset, into)
+    }
+
+    /// Extends `crc`, the CRC32C of what came before (0 at the start), over the range. A guest may
+    /// change its memory at any time, so this says nothing about what a later copy will hold:
+    /// digest the copy where that matters.
+    ///
+    /// # Errors
+    /// [`OutOfBounds`] when the range is not inside.
+    pub fn crc32c(&self, range: Range<usize>, crc: u32) -> Result<u32, OutOfBounds> {
+        self.0.crc32c(range, crc)
     }
 
     /// Gives back the (emptied) segment list and the owned bytes, for reuse.
