@@ -17,8 +17,8 @@ use crate::vhost_disk::VhostDisk;
 pub(crate) enum Kind {
     /// `vhost-nvmf serve SPEC`.
     Serve(Backing),
-    /// `vhost-nvmf attach` of `vhost-nvmf export ram:`.
-    Bridge,
+    /// `vhost-nvmf attach` of `vhost-nvmf export ram:`; with header and data digests or without.
+    Bridge { digests: bool },
     /// `qemu-storage-daemon`, with what a file is read and written with.
     Qsd(Backing, &'static str),
     /// The plain relay and its responder.
@@ -52,7 +52,8 @@ pub(crate) fn all() -> Vec<Contender> {
         contender("serve-null", Kind::Serve(Backing::Null)),
         contender("serve-ram", Kind::Serve(Backing::Ram)),
         contender("serve-file", Kind::Serve(Backing::File)),
-        contender("bridge-ram", Kind::Bridge),
+        contender("bridge-ram", Kind::Bridge { digests: false }),
+        contender("bridge-ram-digests", Kind::Bridge { digests: true }),
         contender("relay", Kind::Relay),
         contender("qsd-null", Kind::Qsd(Backing::Null, "threads")),
         contender("qsd-file-threads", Kind::Qsd(Backing::File, "threads")),
@@ -94,7 +95,7 @@ impl Contender {
     pub(crate) fn keeps_data(&self) -> bool {
         match self.kind {
             Kind::Serve(backing) | Kind::Qsd(backing, _) => backing != Backing::Null,
-            Kind::Bridge => true,
+            Kind::Bridge { .. } => true,
             // Whatever is behind a socket, it may be a null device.
             Kind::Relay | Kind::Socket(..) => false,
         }
@@ -105,7 +106,7 @@ impl Contender {
         let program = setup.vhost_nvmf.display();
         let build = "cargo build --release -p vhost-nvmf";
         match self.kind {
-            Kind::Serve(_) | Kind::Bridge if !setup.vhost_nvmf.is_file() => {
+            Kind::Serve(_) | Kind::Bridge { .. } if !setup.vhost_nvmf.is_file() => {
                 Some(format!("there is no {program}; {build}"))
             }
             Kind::Serve(_)
@@ -141,7 +142,7 @@ impl Contender {
                 command.arg(spec(*backing, setup)).stdout(Stdio::null());
                 programs.push(Program::start(command, at("log"))?);
             }
-            Kind::Bridge => {
+            Kind::Bridge { digests } => {
                 let mut command = vhost_nvmf(setup, "export");
                 command.args(["--listen", "127.0.0.1:0", "--subnqn", NQN]);
                 command
@@ -151,6 +152,9 @@ impl Contender {
                 let uri = export.first_line()?;
                 let mut command = vhost_nvmf(setup, "attach");
                 command.arg("--socket-path").arg(&socket);
+                if *digests {
+                    command.args(["--hdr-digest", "--data-digest"]);
+                }
                 command.arg(uri).stdout(Stdio::null());
                 // The bridge is ended before its target.
                 programs.push(Program::start(command, at("log"))?);

@@ -9,6 +9,7 @@ mod hop;
 mod kernel;
 mod link;
 mod load;
+mod machine;
 mod memory;
 mod options;
 mod relay;

@@ -13,6 +13,7 @@ use crate::counting::{self, Counts};
 use crate::kernel;
 use crate::link::SECTOR;
 use crate::load::{self, Load, Until};
+use crate::machine;
 use crate::options::Options;
 use crate::progress;
 use crate::results::{Cell, Machine, Measurement, Results, Skipped};
@@ -33,7 +34,7 @@ struct Entrant {
 /// # Errors
 /// Nothing can be measured, or the user wants an end. A contender that fails alone is left out, and said to be.
 pub(crate) fn run(options: &Options) -> Result<Results> {
-    let machine = machine()?;
+    let machine = this_machine()?;
     for wanted in &options.rows {
         let known = rows::all()
             .iter()
@@ -58,6 +59,7 @@ pub(crate) fn run(options: &Options) -> Result<Results> {
     let each = options.seconds + WARM.as_secs_f64();
     let time = each * f64::from(options.rounds) * (entrants.len() * rows.len()) as f64;
     progress(&format!("measuring for about {:.0} s", time));
+    let machine_costs = machine::costs()?;
     let mut calibration = Vec::new();
     for round in 0..options.rounds {
         calibration.push(calibrate()?);
@@ -97,6 +99,7 @@ pub(crate) fn run(options: &Options) -> Result<Results> {
         seconds: options.seconds,
         disk_bytes: setup.size,
         calibration,
+        machine_costs,
         cells,
         skipped,
     })
@@ -317,7 +320,7 @@ fn write_file(path: &Path, size: u64) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
-fn machine() -> Result<Machine> {
+fn this_machine() -> Result<Machine> {
     let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let processor = processor
         .lines()

@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use crate::copy::{copy_anywhere, copy_apart};
+
 /// Bytes that a digest takes at a time: they stay in the first cache between copy and sum.
 const DIGEST_PIECE: usize = 4096;
 
@@ -217,7 +219,7 @@ impl Extent {
         self.for_pieces(offset..offset + into.len(), |base, len| {
             // SAFETY: `base..base+len` lies in a live segment (promised in `Segment::new`), and
             // `into[done..done+len]` is private memory, so the two cannot overlap.
-            unsafe { std::ptr::copy_nonoverlapping(base, into.as_mut_ptr().add(done), len) };
+            unsafe { copy_apart(base, into.as_mut_ptr().add(done), len) };
             done += len;
             true
         });
@@ -229,7 +231,7 @@ impl Extent {
         let mut done = 0;
         self.for_pieces(offset..offset + from.len(), |base, len| {
             // SAFETY: as in `read`, the other way; only sinks call this, so it is writable.
-            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(done), base, len) };
+            unsafe { copy_apart(from.as_ptr().add(done), base, len) };
             done += len;
             true
         });
@@ -248,9 +250,7 @@ impl Extent {
                 let take = (len - done).min(DIGEST_PIECE);
                 // SAFETY: `done + take <= len`, so the bytes lie in the same live segment (promised
                 // in `Segment::new`); `private` has room for `take` and is no one else's.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(base.add(done), private.as_mut_ptr(), take);
-                }
+                unsafe { copy_apart(base.add(done), private.as_mut_ptr(), take) };
                 crc = crc32c::crc32c_append(crc, &private[..take]);
                 done += take;
             }
@@ -311,8 +311,8 @@ pub(crate) fn copy_between(
         let start = sink_offset + done;
         let mut copied = 0;
         sink.for_pieces(start..start + piece, |to, part| {
-            // SAFETY: both pieces lie in live segments; `copy` allows them to overlap.
-            unsafe { std::ptr::copy(from.add(copied), to, part) };
+            // SAFETY: both pieces lie in live segments; they may overlap.
+            unsafe { copy_anywhere(from.add(copied), to, part) };
             copied += part;
             true
         });

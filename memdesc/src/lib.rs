@@ -24,6 +24,7 @@
     reason = "this crate is where descriptions of foreign memory are read and written"
 )]
 
+mod copy;
 mod extent;
 mod file;
 mod sink;
