@@ -1,4 +1,5 @@
 //! Any sequence of operations on memory of any kind leaves what it leaves in one byte array.
+#![expect(clippy::unwrap_used, reason = "a test ends when something is missing")]
 #![expect(
     unsafe_code,
     reason = "segments over test memory, and a kernel's writes"
@@ -142,7 +143,7 @@ fn receive(sink: &mut MemSink, range: Range<usize>, max: usize, bytes: &[u8]) {
     }
 }
 
-fn apply(sink: &mut MemSink, model: &mut Vec<u8>, op: &Op) -> Result<(), TestCaseError> {
+fn apply(sink: &mut MemSink, model: &mut [u8], op: &Op) -> Result<(), TestCaseError> {
     match op {
         Op::CopyFrom(at, bytes) => {
             let done = sink.copy_from(*at, bytes);

@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "anonymous memory is mapped and given back")]
 
+use std::cell::Cell;
 use std::io;
 use std::ptr::NonNull;
 
@@ -12,6 +13,11 @@ use crate::spec::Status;
 use crate::transport::Transfer;
 
 const PAGE: u64 = 4096;
+
+thread_local! {
+    /// The storage of the last description of a range of this memory, for the next.
+    static LIST: Cell<Vec<Segment>> = const { Cell::new(Vec::new()) };
+}
 
 /// Zero-filled memory of a fixed size, gone with the process.
 ///
@@ -148,9 +154,10 @@ impl RamBackend {
     fn zero(&self, from: u64, to: u64) {
         let len = (to - from) as usize;
         if let Some(segment) = self.segment(from, len) {
-            let mut sink = MemSink::from_segments(vec![segment]);
+            let mut sink = MemSink::from_segments(contiguous(segment));
             let filled = sink.fill(0..len, 0);
             debug_assert!(filled.is_ok(), "the sink has this length");
+            LIST.set(sink.into_parts().0);
         }
     }
 
@@ -159,9 +166,11 @@ impl RamBackend {
         match op {
             BackendOp::Read { offset, sink } => {
                 let segment = self.segment(*offset, sink.len()).ok_or(());
-                let memory = MemSource::from_segments(vec![segment.map_err(outside)?]);
+                let memory = MemSource::from_segments(contiguous(segment.map_err(outside)?));
                 let len = sink.len();
-                memdesc::copy(&memory, 0, sink, 0, len).map_err(|_| Status::DATA_TRANSFER_ERROR)?;
+                let copied = memdesc::copy(&memory, 0, sink, 0, len);
+                LIST.set(memory.into_parts().0);
+                copied.map_err(|_| Status::DATA_TRANSFER_ERROR)?;
                 self.counters.count_read(len as u64);
             }
             BackendOp::Write {
@@ -170,9 +179,10 @@ impl RamBackend {
                 fua,
             } => {
                 let segment = self.segment(*offset, source.len()).ok_or(());
-                let mut memory = MemSink::from_segments(vec![segment.map_err(outside)?]);
-                memdesc::copy(source, 0, &mut memory, 0, source.len())
-                    .map_err(|_| Status::DATA_TRANSFER_ERROR)?;
+                let mut memory = MemSink::from_segments(contiguous(segment.map_err(outside)?));
+                let copied = memdesc::copy(source, 0, &mut memory, 0, source.len());
+                LIST.set(memory.into_parts().0);
+                copied.map_err(|_| Status::DATA_TRANSFER_ERROR)?;
                 self.counters.count_write(source.len() as u64, *fua);
             }
             BackendOp::Flush => self.counters.count_flush(),
@@ -187,6 +197,13 @@ impl RamBackend {
         }
         Ok(())
     }
+}
+
+/// A list of one segment, in the storage of [`LIST`].
+fn contiguous(segment: Segment) -> Vec<Segment> {
+    let mut list = LIST.take();
+    list.push(segment);
+    list
 }
 
 impl Drop for RamBackend {

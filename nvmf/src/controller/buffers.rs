@@ -24,6 +24,8 @@ pub(super) struct Buffers {
     out: usize,
     /// Bytes kept.
     kept: usize,
+    /// Sizes that were handed out since everything was last back.
+    recent: [bool; CLASSES],
 }
 
 fn class(len: usize) -> usize {
@@ -43,6 +45,7 @@ impl Buffers {
             budget,
             out: 0,
             kept: 0,
+            recent: [false; CLASSES],
         }
     }
 
@@ -62,7 +65,8 @@ impl Buffers {
     }
 
     fn bytes(&mut self, class: usize) -> Option<Vec<u8>> {
-        if let Some(bytes) = self.free.get_mut(class)?.pop() {
+        *self.recent.get_mut(class)? = true;
+        if let Some(bytes) = self.free[class].pop() {
             self.kept -= size(class);
             return Some(bytes);
         }
@@ -74,14 +78,17 @@ impl Buffers {
         Some(Vec::with_capacity(size(class)))
     }
 
-    /// Lets kept buffers go, the largest first, until no more than `most` bytes are kept.
+    /// Lets kept buffers go until no more than `most` bytes are kept: first those of sizes that are
+    /// not in use any more, so that a load allocates nothing once it is under way, then the largest.
     fn trim(&mut self, most: usize) {
         while self.kept > most {
-            let Some(largest) = (0..CLASSES).rev().find(|&it| !self.free[it].is_empty()) else {
+            let kept = || (0..CLASSES).rev().filter(|&it| !self.free[it].is_empty());
+            let unused = kept().find(|&it| !self.recent[it]);
+            let Some(class) = unused.or_else(|| kept().next()) else {
                 return;
             };
-            self.free[largest].pop();
-            self.kept -= size(largest);
+            self.free[class].pop();
+            self.kept -= size(class);
         }
     }
 
@@ -92,9 +99,7 @@ impl Buffers {
             Transfer::In(sink) => sink.into_parts(),
             Transfer::Out(source) => source.into_parts(),
         };
-        if self.lists.len() < MAX_LISTS {
-            self.lists.push(list);
-        }
+        self.give_back_list(list);
         if let Some(bytes) = bytes {
             let class = class(bytes.len());
             self.out -= size(class).min(self.out);
@@ -103,6 +108,14 @@ impl Buffers {
         }
         if self.out == 0 {
             self.trim(IDLE_KEPT);
+            self.recent = [false; CLASSES];
+        }
+    }
+
+    /// Takes back an empty segment list that nothing was made of.
+    pub(super) fn give_back_list(&mut self, list: Vec<Segment>) {
+        if self.lists.len() < MAX_LISTS {
+            self.lists.push(list);
         }
     }
 
@@ -143,6 +156,20 @@ mod tests {
             buffers.give_back(Transfer::In(sink));
         }
         assert_eq!((buffers.out, buffers.kept), (0, IDLE_KEPT));
+    }
+
+    #[test]
+    fn what_the_present_load_uses_is_kept_rather_than_what_an_earlier_one_did() {
+        let mut buffers = Buffers::new(16 << 20);
+        for len in [4096, 131_072] {
+            for _ in 0..3 {
+                let held: Vec<_> = (0..8).map(|_| buffers.sink(len).unwrap()).collect();
+                for sink in held {
+                    buffers.give_back(Transfer::In(sink));
+                }
+            }
+        }
+        assert_eq!((buffers.kept, buffers.free[5].len()), (IDLE_KEPT, 8));
     }
 
     #[test]

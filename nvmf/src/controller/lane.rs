@@ -236,6 +236,7 @@ impl TargetLane {
             Action::Read { offset, len } => {
                 let mut list = self.buffers.list();
                 let Some(source) = backend.source(offset, len as usize, &mut list) else {
+                    self.buffers.give_back_list(list);
                     return false;
                 };
                 backend.counters().count_read(u64::from(len));
@@ -245,6 +246,7 @@ impl TargetLane {
             Action::Write { offset, len, .. } => {
                 let mut list = self.buffers.list();
                 let Some(sink) = backend.sink(offset, len as usize, &mut list) else {
+                    self.buffers.give_back_list(list);
                     return false;
                 };
                 self.fetch(tag, sink);
