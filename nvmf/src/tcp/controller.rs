@@ -52,16 +52,36 @@ pub enum Answered {
     Unknown,
 }
 
-/// Data asked for with an R2T, or lying in the capsule.
+/// R2Ts that one command has outstanding at most, where the host takes so many.
+const MAX_R2TS: usize = 4;
+
+/// Most data that one R2T asks for where a command may have several, in bytes: so that large
+/// transfers take turns while each keeps its host busy.
+const R2T_LEN: u32 = 256 * 1024;
+
+/// Data of a command that is wanted: asked for with R2Ts, or lying in the capsule.
 #[derive(Debug, Clone, Copy)]
 struct Fetch {
-    /// Next byte expected, as an offset into the command's data.
-    next: u32,
+    /// Next byte to ask for, as an offset into the command's data.
+    unasked: u32,
     end: u32,
-    /// Its R2T went out.
-    asked: bool,
+    /// Bytes that have not arrived, asked for or not.
+    left: u32,
     /// No digest of it mismatched so far.
     intact: bool,
+}
+
+/// What one R2T asked for and has not come, as offsets into the command's data.
+#[derive(Debug, Clone, Copy, Default)]
+struct Asked {
+    next: u32,
+    end: u32,
+}
+
+impl Asked {
+    fn is_open(self) -> bool {
+        self.next < self.end
+    }
 }
 
 /// Data queued for the host.
@@ -81,12 +101,17 @@ struct Slot {
     data_len: u32,
     in_capsule: bool,
     fetch: Option<Fetch>,
+    /// R2Ts that are outstanding, by the lower part of their transfer tag.
+    asked: [Asked; MAX_R2TS],
+    /// The next R2T waits for its turn.
+    r2t_queued: bool,
     outgoing: Option<Outgoing>,
     /// Bytes queued for the host so far.
     sent: u32,
     /// The consumer has answered.
     answered: bool,
-    /// Answered while data was still to be sent: goes out after it, or as its SUCCESS flag.
+    /// Answered while data was still to be sent or to come: goes out after it, or as the SUCCESS flag
+    /// of what is sent.
     answer: Option<Cqe>,
     /// The answer is on its way: nothing more will be sent.
     closed: bool,
@@ -108,7 +133,13 @@ pub struct Controller {
     cids: CidTable,
     tx: VecDeque<Tx>,
     events: VecDeque<ControllerEvent>,
-    receiving: Option<u16>,
+    /// Whose payload arrives, and how much it is.
+    receiving: Option<(u16, u32)>,
+    /// R2Ts that the host takes for one command.
+    max_r2t: u32,
+    /// R2Ts that a command may have outstanding. Transfer tags are counted by slot and, within it, by
+    /// R2T.
+    r2ts: u16,
     queue_size: u32,
     sq_flow_control: bool,
     sqhd: u32,
@@ -119,7 +150,8 @@ impl Role for Controller {}
 impl QPair<Controller> {
     /// A controller's queue pair of `queue_size` entries.
     pub fn controller(queue_size: u32, sq_flow_control: bool, limits: Limits) -> Self {
-        Self::with_role(Controller::new(queue_size, sq_flow_control), limits)
+        let role = Controller::new(queue_size, sq_flow_control, limits.max_r2t);
+        Self::with_role(role, limits)
     }
 
     /// Sizes the queue as the Connect command asks; to be called before that is answered.
@@ -176,12 +208,12 @@ impl QPair<Controller> {
             return Err(FetchError(Status::INTERNAL_ERROR));
         }
         slot.fetch = Some(Fetch {
-            next: offset,
+            unasked: offset,
             end,
-            asked: false,
+            left: len,
             intact: true,
         });
-        role.tx.push_back(Tx::R2t(index));
+        role.queue_r2t(index);
         Ok(())
     }
 
@@ -209,7 +241,8 @@ impl QPair<Controller> {
         Ok(())
     }
 
-    /// Answers a command. CID and SQHD are filled in when the answer is sent.
+    /// Answers a command. CID and SQHD are filled in when the answer is sent, which is after all data
+    /// that was asked for has come; no more is asked for.
     pub fn respond(&mut self, index: u16, cqe: Cqe) -> Answered {
         let role = &mut self.role;
         let Some(slot) = role.slots.get_mut(usize::from(index)) else {
@@ -219,7 +252,9 @@ impl QPair<Controller> {
             return Answered::Unknown;
         }
         slot.answered = true;
-        if slot.outgoing.is_some() {
+        slot.ask_no_more();
+        let awaited = slot.fetch.is_some() && !slot.in_capsule;
+        if slot.outgoing.is_some() || awaited {
             slot.answer = Some(cqe);
         } else {
             role.tx.push_back(Tx::Response {
@@ -231,8 +266,21 @@ impl QPair<Controller> {
     }
 }
 
+impl Slot {
+    /// Drops what was not asked for of a fetch.
+    fn ask_no_more(&mut self) {
+        if let Some(fetch) = self.fetch.as_mut().filter(|_| !self.in_capsule) {
+            fetch.left -= fetch.end - fetch.unasked;
+            fetch.end = fetch.unasked;
+            if fetch.left == 0 {
+                self.fetch = None;
+            }
+        }
+    }
+}
+
 impl Controller {
-    fn new(queue_size: u32, sq_flow_control: bool) -> Self {
+    fn new(queue_size: u32, sq_flow_control: bool, max_r2t: u32) -> Self {
         let mut role = Self {
             slots: Vec::new(),
             free: Vec::new(),
@@ -240,6 +288,8 @@ impl Controller {
             tx: VecDeque::new(),
             events: VecDeque::new(),
             receiving: None,
+            max_r2t,
+            r2ts: 1,
             queue_size,
             sq_flow_control,
             sqhd: 0,
@@ -264,6 +314,12 @@ impl Controller {
                 cids.insert(slot.cid, index as u16);
             }
             self.cids = cids;
+        }
+        let waiting = |slot: &Slot| slot.asked.iter().any(|asked| asked.is_open());
+        if !self.slots.iter().any(waiting) {
+            // Every transfer tag fits its 16 bits.
+            let fit = 65536 / self.slots.len().max(1);
+            self.r2ts = (self.max_r2t as usize).min(fit).clamp(1, MAX_R2TS) as u16;
         }
     }
 
@@ -306,9 +362,9 @@ impl Controller {
         self.cids.insert(cid, index);
         let in_capsule = in_capsule && data_len > 0;
         let fetch = in_capsule.then_some(Fetch {
-            next: 0,
+            unasked: data_len,
             end: data_len,
-            asked: true,
+            left: data_len,
             intact: true,
         });
         self.slots[usize::from(index)] = Slot {
@@ -328,7 +384,7 @@ impl Controller {
         if !in_capsule {
             return Ok(Window::EMPTY);
         }
-        self.receiving = Some(index);
+        self.receiving = Some((index, data_len));
         Ok(Window {
             slot: Some(index),
             offset: 0,
@@ -337,26 +393,26 @@ impl Controller {
     }
 
     fn data_out(&mut self, data: Data, limits: &Limits) -> Result<Window, FatalError> {
-        // TTAGs of ours are slots.
-        let slot = self.slots.get_mut(usize::from(data.ttag));
-        let slot = slot.filter(|slot| slot.busy && !slot.in_capsule);
-        let Some(slot) = slot else {
+        // CCCID lies before TTAG, so it is the lower offence when both are wrong.
+        if !self.cids.contains(data.cccid) {
+            let what = "data for a command that is not outstanding";
+            return Err(FatalError::field(offset::CCCID, what));
+        }
+        let index = data.ttag / self.r2ts;
+        let which = usize::from(data.ttag % self.r2ts);
+        let slot = self.slots.get_mut(usize::from(index));
+        let Some(slot) = slot.filter(|slot| slot.busy && slot.asked[which].is_open()) else {
             return Err(FatalError::field(
                 offset::TTAG,
                 "data for a transfer tag that is not open",
             ));
         };
-        // CCCID lies before TTAG, so it is the lower offence when both are wrong.
         if slot.cid != data.cccid {
             let what = "data for a command that the transfer tag does not belong to";
             return Err(FatalError::field(offset::CCCID, what));
         }
-        let Some(fetch) = slot.fetch.as_mut().filter(|fetch| fetch.asked) else {
-            return Err(FatalError::field(
-                offset::TTAG,
-                "data for a transfer tag that is not open",
-            ));
-        };
+        data.check_length()?;
+        let asked = &mut slot.asked[which];
         if data.length > limits.max_h2c_data {
             return Err(FatalError::other(
                 Fes::LIMIT_EXCEEDED,
@@ -366,25 +422,71 @@ impl Controller {
         let end = data
             .offset
             .checked_add(data.length)
-            .filter(|&end| end <= fetch.end);
+            .filter(|&end| end <= asked.end);
         let end = end.ok_or(FatalError::other(
             Fes::DATA_OUT_OF_RANGE,
             "data beyond the range that was asked for",
         ))?;
-        if data.offset != fetch.next {
+        if data.offset != asked.next {
             return Err(FatalError::other(Fes::SEQUENCE_ERROR, "data out of order"));
         }
-        if data.last != (end == fetch.end) {
+        if data.last != (end == asked.end) {
             let what = "LAST_PDU is not set on exactly the final data";
             return Err(FatalError::other(Fes::SEQUENCE_ERROR, what));
         }
-        fetch.next = end;
-        self.receiving = Some(data.ttag);
+        asked.next = end;
+        self.receiving = Some((index, data.length));
         let wanted = !slot.answered;
         Ok(Window {
-            slot: wanted.then_some(data.ttag),
+            slot: wanted.then_some(index),
             offset: data.offset,
             len: data.length,
+        })
+    }
+
+    /// Has a command wait for its turn to ask, if there is something to ask for and one more R2T may
+    /// be outstanding.
+    fn queue_r2t(&mut self, index: u16) {
+        let slot = &mut self.slots[usize::from(index)];
+        let usable = &slot.asked[..usize::from(self.r2ts)];
+        let free = usable.iter().any(|asked| !asked.is_open());
+        let unasked = slot.fetch.is_some_and(|fetch| fetch.unasked < fetch.end);
+        if free && unasked && !slot.r2t_queued {
+            slot.r2t_queued = true;
+            self.tx.push_back(Tx::R2t(index));
+        }
+    }
+
+    /// The next R2T of a command's fetch.
+    fn ask(&mut self, index: u16) -> Option<Data> {
+        let r2ts = self.r2ts;
+        let slot = &mut self.slots[usize::from(index)];
+        slot.r2t_queued = false;
+        let fetch = slot
+            .fetch
+            .as_mut()
+            .filter(|fetch| fetch.unasked < fetch.end)?;
+        let usable = &mut slot.asked[..usize::from(r2ts)];
+        let which = usable.iter().position(|asked| !asked.is_open())?;
+        let rest = fetch.end - fetch.unasked;
+        let length = if r2ts > 1 { rest.min(R2T_LEN) } else { rest };
+        let offset = fetch.unasked;
+        fetch.unasked += length;
+        usable[which] = Asked {
+            next: offset,
+            end: fetch.unasked,
+        };
+        let cccid = slot.cid;
+        // Behind what other commands ask for.
+        self.queue_r2t(index);
+        Some(Data {
+            cccid,
+            ttag: index * r2ts + which as u16,
+            offset,
+            length,
+            carried: 0,
+            last: false,
+            success: false,
         })
     }
 
@@ -417,10 +519,14 @@ impl Controller {
         let mut success = false;
         if ends {
             slot.outgoing = None;
-            if let Some(cqe) = slot.answer.take() {
-                // Without flow control a plain success needs no entry: the flag says it.
-                success =
-                    last && !flow_control && cqe.status().is_success() && cqe.result.get() == 0;
+            // An answer that waits for data to come goes out after that.
+            if slot.fetch.is_none()
+                && let Some(cqe) = slot.answer.take()
+            {
+                // Without flow control a plain success needs no entry: the flag says it. It says that
+                // all data was sent, too.
+                let plain = cqe.status().is_success() && cqe.result.get() == 0;
+                success = last && !flow_control && plain && slot.sent == slot.data_len;
                 if success {
                     slot.closed = true;
                 } else {
@@ -440,6 +546,7 @@ impl Controller {
             ttag: 0,
             offset,
             length,
+            carried: length,
             last,
             success,
         };
@@ -470,7 +577,7 @@ impl sealed::Sealed for Controller {
     }
 
     fn payload_complete(&mut self, intact: bool) {
-        let Some(index) = self.receiving.take() else {
+        let Some((index, length)) = self.receiving.take() else {
             return;
         };
         let slot = &mut self.slots[usize::from(index)];
@@ -478,21 +585,27 @@ impl sealed::Sealed for Controller {
             return;
         };
         fetch.intact &= intact;
-        let Fetch {
-            next, end, intact, ..
-        } = *fetch;
-        if !slot.in_capsule && next != end {
+        fetch.left -= length;
+        let Fetch { left, intact, .. } = *fetch;
+        if left > 0 {
+            self.queue_r2t(index);
             return;
         }
         slot.fetch = None;
-        if slot.answered {
-            self.retire_if_done(index);
-        } else {
+        if !slot.answered {
             self.events.push_back(ControllerEvent::Fetched {
                 slot: index,
                 intact,
             });
+            return;
         }
+        if slot.outgoing.is_none()
+            && let Some(cqe) = slot.answer.take()
+        {
+            let slot = Some(index);
+            self.tx.push_back(Tx::Response { slot, cqe });
+        }
+        self.retire_if_done(index);
     }
 
     fn unseen(&self, slot: u16) -> bool {
@@ -510,23 +623,10 @@ impl sealed::Sealed for Controller {
                     }
                 }
                 Tx::R2t(index) => {
-                    let slot = &mut self.slots[usize::from(index)];
-                    let Some(fetch) = slot.fetch.as_mut().filter(|_| !slot.answered) else {
-                        // Answered before it was asked for: nothing will come.
-                        slot.fetch = None;
-                        self.retire_if_done(index);
-                        continue;
-                    };
-                    fetch.asked = true;
-                    let data = Data {
-                        cccid: slot.cid,
-                        ttag: index,
-                        offset: fetch.next,
-                        length: fetch.end - fetch.next,
-                        last: false,
-                        success: false,
-                    };
-                    return Some(pdu::r2t(data, limits.digests));
+                    // None when the command was answered meanwhile.
+                    if let Some(data) = self.ask(index) {
+                        return Some(pdu::r2t(data, limits.digests));
+                    }
                 }
                 Tx::Response { slot, mut cqe } => {
                     cqe.sqhd = self.next_sqhd().into();
@@ -542,9 +642,9 @@ impl sealed::Sealed for Controller {
         }
     }
 
-    fn transmitted(&mut self, index: u16) {
-        let slot = &mut self.slots[usize::from(index)];
+    fn transmitted(&mut self, payload: TxPayload) {
+        let slot = &mut self.slots[usize::from(payload.slot)];
         slot.tx_pending = slot.tx_pending.saturating_sub(1);
-        self.retire_if_done(index);
+        self.retire_if_done(payload.slot);
     }
 }

@@ -14,6 +14,9 @@ use crate::spec::{Cqe, Sqe, Status};
 /// CID that no command may have (Base: reserved for error log entries).
 const CID_RESERVED: u16 = 0xffff;
 
+/// R2Ts of one command that a host keeps at most; MAXR2T of ours is never above.
+pub(crate) const MAX_R2TS: usize = 8;
+
 /// Which way a command's data goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Direction {
@@ -29,7 +32,7 @@ pub enum Direction {
 /// A command whose fate is known and whose memory the machine does not refer to any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Completed {
-    /// The slot that it had, now free.
+    /// The slot that it had. It is free, unless the command was abandoned and its fate is unknown.
     pub slot: u16,
     /// Its completion. The status is a data transfer error when the controller reported success
     /// although the data did not all move (NVMe has no short transfers), and a transient transport
@@ -37,8 +40,45 @@ pub struct Completed {
     pub cqe: Cqe,
     /// False when the entry was made up from the SUCCESS flag.
     pub sqhd_valid: bool,
-    /// Bytes that moved.
+    /// Bytes that moved: were received whole PDUs of, or were taken by the kernel.
     pub transferred: u32,
+}
+
+/// Data that an R2T asked for and that is not sent yet. What comes before it is sent or asked for
+/// by R2Ts before it.
+#[derive(Debug, Clone, Copy, Default)]
+struct Solicited {
+    ttag: u16,
+    left: u32,
+}
+
+/// The R2Ts of a command that are not fully answered, in order.
+#[derive(Debug, Clone, Copy, Default)]
+struct Solicitations {
+    list: [Solicited; MAX_R2TS],
+    first: u8,
+    count: u8,
+}
+
+impl Solicitations {
+    fn len(&self) -> usize {
+        usize::from(self.count)
+    }
+
+    /// To be called with fewer than [`MAX_R2TS`].
+    fn push(&mut self, solicited: Solicited) {
+        self.list[(usize::from(self.first) + self.len()) % MAX_R2TS] = solicited;
+        self.count += 1;
+    }
+
+    fn front(&mut self) -> Option<&mut Solicited> {
+        (self.count > 0).then(|| &mut self.list[usize::from(self.first)])
+    }
+
+    fn pop(&mut self) {
+        self.first = (self.first + 1) % MAX_R2TS as u8;
+        self.count -= 1;
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -58,20 +98,21 @@ struct Slot {
     /// In: bytes received. Out: bytes asked for by R2T (or in the capsule).
     moved: u32,
     /// R2Ts not yet fully answered.
-    r2ts: u32,
+    solicited: Solicitations,
+    /// Out: offset of the next byte that an R2T has asked for and that is to be sent.
+    next_out: u32,
+    /// Out: bytes that the kernel has.
+    sent_bytes: u32,
     /// PDUs given out whose payload the kernel has not all taken.
     tx_pending: u32,
     last_seen: bool,
     cqe: Option<(Cqe, bool)>,
-}
-
-/// Data that an R2T asked for and that is not sent yet.
-#[derive(Debug, Clone, Copy)]
-struct Solicited {
-    slot: u16,
-    ttag: u16,
-    offset: u32,
-    left: u32,
+    /// Nobody waits for it any more: it is reported before its fate is known.
+    abandoned: bool,
+    /// It was reported so, and only its fate is waited for.
+    reported: bool,
+    /// It is among the completed.
+    listed: bool,
 }
 
 /// What C2HData is being received.
@@ -93,9 +134,12 @@ pub struct Host {
     free: Vec<u16>,
     /// Slots whose capsule is to be sent, in order.
     capsules: VecDeque<u16>,
-    /// Answered R2Ts, one PDU each in turn, so that no command starves another.
-    solicited: VecDeque<Solicited>,
+    /// Slots with R2Ts to answer, one PDU each in turn, so that no command starves another. The R2Ts
+    /// of one command are answered one after the other.
+    turns: VecDeque<u16>,
     completed: VecDeque<u16>,
+    /// Commands that were reported although their fate is not known.
+    unresolved: usize,
     receiving: Option<Receiving>,
 }
 
@@ -103,16 +147,17 @@ impl Role for Host {}
 
 impl QPair<Host> {
     /// A host's queue pair of `queue_size` entries: one fewer commands can be outstanding.
-    pub fn host(queue_size: u32, limits: Limits) -> Self {
+    pub fn host(queue_size: u32, mut limits: Limits) -> Self {
         let depth = queue_size.clamp(2, 65536) as usize - 1;
-        let r2ts = depth.saturating_mul(limits.max_r2t.min(16) as usize);
+        limits.max_r2t = limits.max_r2t.clamp(1, MAX_R2TS as u32);
         let role = Host {
             slots: vec![Slot::default(); depth],
             slot_bits: usize::BITS - (depth - 1).leading_zeros(),
             free: (0..depth as u16).rev().collect(),
             capsules: VecDeque::with_capacity(depth),
-            solicited: VecDeque::with_capacity(r2ts.min(1024)),
+            turns: VecDeque::with_capacity(depth),
             completed: VecDeque::with_capacity(depth),
+            unresolved: 0,
             receiving: None,
         };
         Self::with_role(role, limits)
@@ -123,9 +168,10 @@ impl QPair<Host> {
         self.role.free.len()
     }
 
-    /// Commands outstanding, completed ones not yet taken included.
+    /// Commands outstanding, completed ones not yet taken included, those apart that were abandoned
+    /// and taken.
     pub fn outstanding(&self) -> usize {
-        self.role.slots.len() - self.role.free.len()
+        self.role.slots.len() - self.role.free.len() - self.role.unresolved
     }
 
     /// The slot that the next [`Self::submit`] takes.
@@ -160,7 +206,6 @@ impl QPair<Host> {
             sgl_type: kind,
             ..Default::default()
         };
-        let moved = if in_capsule { len } else { 0 };
         *slot = Slot {
             busy: true,
             cid,
@@ -169,11 +214,37 @@ impl QPair<Host> {
             direction,
             in_capsule,
             len,
-            moved,
             ..Slot::default()
         };
         role.capsules.push_back(index);
         Some((index, cid))
+    }
+
+    /// Gives a command up: it completes with [`Status::ABORTED_BY_HOST`] as soon as nothing that was
+    /// given out by [`QPair::transmit`] refers to its memory, what arrives for it is discarded, and no
+    /// more of its data is sent. One whose capsule was not given out is never sent. Otherwise its slot
+    /// and CID are not used again before the controller has answered. A command that was answered
+    /// already completes as it was. False when no such command is outstanding.
+    pub fn abandon(&mut self, cid: u16) -> bool {
+        let role = &mut self.role;
+        let index = role.index(cid);
+        let slot = role.slots.get_mut(usize::from(index));
+        let Some(slot) = slot.filter(|slot| slot.busy && slot.cid == cid && !slot.abandoned) else {
+            return false;
+        };
+        if slot.cqe.is_some() {
+            return true;
+        }
+        if slot.sent {
+            slot.abandoned = true;
+            role.stop_sending(index);
+        } else {
+            slot.cqe = Some((Cqe::new(cid, Status::ABORTED_BY_HOST), false));
+            role.capsules.retain(|&queued| queued != index);
+        }
+        role.retire_if_done(index);
+        self.discard_payload_of(index);
+        true
     }
 
     /// The next command that has ended.
@@ -182,8 +253,22 @@ impl QPair<Host> {
         let role = &mut self.role;
         let index = role.completed.pop_front()?;
         let slot = &mut role.slots[usize::from(index)];
-        let (mut cqe, sqhd_valid) = slot.cqe.take()?;
-        let short = slot.moved < slot.len
+        slot.listed = false;
+        let transferred = match slot.direction {
+            Direction::Out => slot.sent_bytes,
+            Direction::In | Direction::None => slot.moved,
+        };
+        let Some((mut cqe, sqhd_valid)) = slot.cqe.take() else {
+            slot.reported = true;
+            role.unresolved += 1;
+            return Some(Completed {
+                slot: index,
+                cqe: Cqe::new(slot.cid, Status::ABORTED_BY_HOST),
+                sqhd_valid: false,
+                transferred,
+            });
+        };
+        let short = transferred < slot.len
             && match slot.direction {
                 Direction::In => true,
                 Direction::Out => !admin && slot.sqe.opcode == nvm::WRITE,
@@ -198,7 +283,7 @@ impl QPair<Host> {
             slot: index,
             cqe,
             sqhd_valid,
-            transferred: slot.moved,
+            transferred,
         };
         slot.busy = false;
         role.free.push(index);
@@ -211,30 +296,30 @@ impl QPair<Host> {
         self.silence();
         let role = &mut self.role;
         role.capsules.clear();
-        role.solicited.clear();
+        role.turns.clear();
         role.receiving = None;
-        for (index, slot) in role
-            .slots
-            .iter_mut()
-            .enumerate()
-            .filter(|(_, slot)| slot.busy)
-        {
-            slot.tx_pending = 0;
-            if slot.cqe.is_none() {
-                slot.cqe = Some((Cqe::new(slot.cid, Status::ABORTED_BY_HOST), false));
-                role.completed.push_back(index as u16);
-            } else if !role.completed.contains(&(index as u16)) {
-                role.completed.push_back(index as u16);
+        for index in 0..role.slots.len() {
+            let slot = &mut role.slots[index];
+            if slot.busy {
+                slot.tx_pending = 0;
+                let lost = (Cqe::new(slot.cid, Status::ABORTED_BY_HOST), false);
+                slot.cqe.get_or_insert(lost);
+                role.retire_if_done(index as u16);
             }
         }
     }
 }
 
 impl Host {
+    /// The slot that a CID names, which may not exist.
+    fn index(&self, cid: u16) -> u16 {
+        let mask = (1u32 << self.slot_bits) - 1;
+        (u32::from(cid) & mask) as u16
+    }
+
     /// The slot of a CID of a command that was sent and not yet answered.
     fn find(&self, cid: u16) -> Option<u16> {
-        let mask = (1u32 << self.slot_bits) - 1;
-        let index = (u32::from(cid) & mask) as u16;
+        let index = self.index(cid);
         let slot = self.slots.get(usize::from(index))?;
         (slot.busy && slot.sent && slot.cid == cid && slot.cqe.is_none()).then_some(index)
     }
@@ -242,17 +327,36 @@ impl Host {
     fn settle(&mut self, index: u16, cqe: Cqe, sqhd_valid: bool) {
         let slot = &mut self.slots[usize::from(index)];
         slot.cqe = Some((cqe, sqhd_valid));
-        if slot.r2ts > 0 {
-            // Answered early: what is not yet in a PDU is not sent any more.
-            slot.r2ts = 0;
-            self.solicited.retain(|solicited| solicited.slot != index);
-        }
+        // Answered early: what is not yet in a PDU is not sent any more.
+        self.stop_sending(index);
         self.retire_if_done(index);
     }
 
+    /// Leaves R2Ts of a command unanswered.
+    fn stop_sending(&mut self, index: u16) {
+        let solicited = &mut self.slots[usize::from(index)].solicited;
+        if solicited.len() > 0 {
+            *solicited = Solicitations::default();
+            self.turns.retain(|&turn| turn != index);
+        }
+    }
+
+    /// Reports a command whose fate is known, or does not matter any more, and whose memory nothing
+    /// refers to.
     fn retire_if_done(&mut self, index: u16) {
-        let slot = &self.slots[usize::from(index)];
-        if slot.cqe.is_some() && slot.tx_pending == 0 {
+        let slot = &mut self.slots[usize::from(index)];
+        if slot.tx_pending > 0 || (slot.cqe.is_none() && !slot.abandoned) {
+            return;
+        }
+        if slot.reported {
+            if slot.cqe.take().is_some() {
+                slot.busy = false;
+                slot.reported = false;
+                self.unresolved -= 1;
+                self.free.push(index);
+            }
+        } else if !slot.listed {
+            slot.listed = true;
             self.completed.push_back(index);
         }
     }
@@ -274,6 +378,7 @@ impl Host {
                 offset::CCCID,
                 "data for a command that expects none",
             ))?;
+        data.check_length()?;
         let slot = &mut self.slots[usize::from(index)];
         let end = data
             .offset
@@ -291,6 +396,7 @@ impl Host {
             return Err(FatalError::other(Fes::SEQUENCE_ERROR, what));
         }
         slot.last_seen = data.last;
+        let wanted = !slot.abandoned;
         self.receiving = Some(Receiving {
             slot: index,
             end,
@@ -298,7 +404,7 @@ impl Host {
             success: data.success,
         });
         Ok(Window {
-            slot: Some(index),
+            slot: wanted.then_some(index),
             offset: data.offset,
             len: data.length,
         })
@@ -319,7 +425,11 @@ impl Host {
         if r2t.length == 0 {
             return Err(FatalError::field(offset::DATA_LENGTH, "R2T of no data"));
         }
-        if slot.r2ts >= limits.max_r2t {
+        if slot.abandoned {
+            // Its memory is gone: the controller has to do without the data.
+            return Ok(Window::EMPTY);
+        }
+        if slot.solicited.len() >= limits.max_r2t as usize {
             return Err(FatalError::other(
                 Fes::LIMIT_EXCEEDED,
                 "more R2Ts than MAXR2T allows",
@@ -336,11 +446,11 @@ impl Host {
             Fes::DATA_OUT_OF_RANGE,
             "R2T beyond the end of the command's data",
         ))?;
-        slot.r2ts += 1;
-        self.solicited.push_back(Solicited {
-            slot: index,
+        if slot.solicited.len() == 0 {
+            self.turns.push_back(index);
+        }
+        slot.solicited.push(Solicited {
             ttag: r2t.ttag,
-            offset: r2t.offset,
             left: r2t.length,
         });
         Ok(Window::EMPTY)
@@ -401,36 +511,41 @@ impl sealed::Sealed for Host {
             };
             return Some(pdu::capsule_cmd(slot.sqe, data_len, limits).with_payload(payload));
         }
-        let mut next = self.solicited.pop_front()?;
-        let slot = &mut self.slots[usize::from(next.slot)];
+        let index = self.turns.pop_front()?;
+        let slot = &mut self.slots[usize::from(index)];
+        let next = slot.solicited.front()?;
         let length = next.left.min(limits.max_h2c_data).min(MAX_TX_DATA);
+        next.left -= length;
+        let (ttag, last) = (next.ttag, next.left == 0);
         let data = Data {
             cccid: slot.cid,
-            ttag: next.ttag,
-            offset: next.offset,
+            ttag,
+            offset: slot.next_out,
             length,
-            last: length == next.left,
+            carried: length,
+            last,
             success: false,
         };
         let payload = TxPayload {
-            slot: next.slot,
-            offset: next.offset,
+            slot: index,
+            offset: slot.next_out,
             len: length,
         };
         slot.tx_pending += 1;
-        next.offset += length;
-        next.left -= length;
-        if next.left > 0 {
-            self.solicited.push_back(next);
-        } else {
-            slot.r2ts -= 1;
+        slot.next_out += length;
+        if last {
+            slot.solicited.pop();
+        }
+        if slot.solicited.len() > 0 {
+            self.turns.push_back(index);
         }
         Some(pdu::data(pdu_type::H2C_DATA, data, limits).with_payload(payload))
     }
 
-    fn transmitted(&mut self, index: u16) {
-        let slot = &mut self.slots[usize::from(index)];
+    fn transmitted(&mut self, payload: TxPayload) {
+        let slot = &mut self.slots[usize::from(payload.slot)];
         slot.tx_pending = slot.tx_pending.saturating_sub(1);
-        self.retire_if_done(index);
+        slot.sent_bytes = slot.sent_bytes.saturating_add(payload.len);
+        self.retire_if_done(payload.slot);
     }
 }

@@ -5,6 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::digest::Digests;
 use super::error::{FatalError, Fes};
+use super::host::MAX_R2TS;
 use super::limits::Limits;
 use super::pdu::{CommonHeader, offset, pdu_type};
 
@@ -15,8 +16,46 @@ pub const HOST_MAX_R2T: u32 = 4;
 /// Largest payload of one H2CData that a controller of ours takes, in bytes.
 pub const CONTROLLER_MAX_H2C_DATA: u32 = 1024 * 1024;
 
-/// Alignment that we ask for, in bytes: the smallest.
-const OUR_ALIGN: u32 = 4;
+/// What an end proposes of itself in ICReq or ICResp.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offer {
+    /// Digests that a host asks for. A controller grants each that it is asked for.
+    pub digests: Digests,
+    /// Alignment of the payload that it wants to receive, in bytes: a multiple of 4 up to 128. Sent as
+    /// HPDA or CPDA.
+    pub align: u32,
+    /// R2Ts that a host takes for one command at a time (1 to 8). Sent as MAXR2T.
+    pub max_r2t: u32,
+    /// Largest payload of one H2CData that a controller takes, in bytes: a multiple of 4, at least
+    /// 4096. Sent as MAXH2CDATA.
+    pub max_h2c_data: u32,
+}
+
+impl Default for Offer {
+    fn default() -> Self {
+        Self {
+            digests: Digests::default(),
+            align: 4,
+            max_r2t: HOST_MAX_R2T,
+            max_h2c_data: CONTROLLER_MAX_H2C_DATA,
+        }
+    }
+}
+
+impl Offer {
+    /// HPDA or CPDA: dwords, zero-based.
+    fn pda(&self) -> u8 {
+        (self.align.clamp(4, 128) / 4 - 1) as u8
+    }
+
+    fn max_r2t(&self) -> u32 {
+        self.max_r2t.clamp(1, MAX_R2TS as u32)
+    }
+
+    fn max_h2c_data(&self) -> u32 {
+        self.max_h2c_data.max(4096) & !3
+    }
+}
 
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -36,6 +75,8 @@ const _: () = assert!(size_of::<IcPdu>() == IC_LEN);
 /// What a host and a controller agreed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Negotiated {
+    /// Alignment of payload that we receive, in bytes (4 to 128).
+    pub rx_align: u32,
     /// Alignment of payload that we send, in bytes (4 to 128).
     pub tx_align: u32,
     /// Largest payload of one H2CData, in bytes.
@@ -50,7 +91,7 @@ impl Negotiated {
     /// What bounds a queue pair on this connection. `in_capsule_limit` is in bytes.
     pub fn limits(&self, in_capsule_limit: u32, admin: bool) -> Limits {
         Limits {
-            rx_align: OUR_ALIGN,
+            rx_align: self.rx_align,
             tx_align: self.tx_align,
             max_h2c_data: self.max_h2c_data,
             max_r2t: self.max_r2t,
@@ -61,7 +102,7 @@ impl Negotiated {
     }
 }
 
-fn ic_pdu(pdu_type: u8, digests: Digests, limit: u32) -> [u8; IC_LEN] {
+fn ic_pdu(pdu_type: u8, pda: u8, digests: Digests, limit: u32) -> [u8; IC_LEN] {
     let common = CommonHeader {
         pdu_type,
         flags: 0,
@@ -72,7 +113,7 @@ fn ic_pdu(pdu_type: u8, digests: Digests, limit: u32) -> [u8; IC_LEN] {
     let pdu = IcPdu {
         common,
         pfv: 0.into(),
-        pda: (OUR_ALIGN / 4 - 1) as u8,
+        pda,
         digests: digests.to_wire(),
         limit: limit.into(),
         reserved: [0; 112],
@@ -84,7 +125,20 @@ fn ic_pdu(pdu_type: u8, digests: Digests, limit: u32) -> [u8; IC_LEN] {
 
 /// The ICReq of a host of ours that asks for `digests`.
 pub fn ic_req(digests: Digests) -> [u8; IC_LEN] {
-    ic_pdu(pdu_type::IC_REQ, digests, HOST_MAX_R2T - 1)
+    ic_req_of(&Offer {
+        digests,
+        ..Offer::default()
+    })
+}
+
+/// The ICReq that makes this offer.
+pub fn ic_req_of(ours: &Offer) -> [u8; IC_LEN] {
+    ic_pdu(
+        pdu_type::IC_REQ,
+        ours.pda(),
+        ours.digests,
+        ours.max_r2t() - 1,
+    )
 }
 
 /// Checks of the fields that both IC PDUs have, lowest offset first.
@@ -140,17 +194,30 @@ fn align(pda: u8) -> u32 {
 /// # Errors
 /// The offence, for a termination request.
 pub fn answer(req: &[u8; IC_LEN]) -> Result<(Negotiated, [u8; IC_LEN]), FatalError> {
+    answer_with(req, &Offer::default())
+}
+
+/// As [`answer`], with another offer of ours than the default.
+///
+/// # Errors
+/// The offence, for a termination request.
+pub fn answer_with(
+    req: &[u8; IC_LEN],
+    ours: &Offer,
+) -> Result<(Negotiated, [u8; IC_LEN]), FatalError> {
     let pdu = check(req, pdu_type::IC_REQ)?;
     let negotiated = Negotiated {
+        rx_align: align(ours.pda()),
         tx_align: align(pdu.pda),
-        max_h2c_data: CONTROLLER_MAX_H2C_DATA,
+        max_h2c_data: ours.max_h2c_data(),
         max_r2t: pdu.limit.get().saturating_add(1),
         digests: Digests::from_wire(pdu.digests),
     };
     let resp = ic_pdu(
         pdu_type::IC_RESP,
+        ours.pda(),
         negotiated.digests,
-        CONTROLLER_MAX_H2C_DATA,
+        ours.max_h2c_data(),
     );
     Ok((negotiated, resp))
 }
@@ -161,8 +228,20 @@ pub fn answer(req: &[u8; IC_LEN]) -> Result<(Negotiated, [u8; IC_LEN]), FatalErr
 /// # Errors
 /// The offence, for a termination request.
 pub fn agree(resp: &[u8; IC_LEN], asked: Digests) -> Result<Negotiated, FatalError> {
+    let ours = Offer {
+        digests: asked,
+        ..Offer::default()
+    };
+    agree_with(resp, &ours)
+}
+
+/// As [`agree`], of the offer that the ICReq made.
+///
+/// # Errors
+/// The offence, for a termination request.
+pub fn agree_with(resp: &[u8; IC_LEN], ours: &Offer) -> Result<Negotiated, FatalError> {
     let pdu = check(resp, pdu_type::IC_RESP)?;
-    if pdu.digests & !asked.to_wire() != 0 {
+    if pdu.digests & !ours.digests.to_wire() != 0 {
         return Err(FatalError {
             fes: Fes::UNSUPPORTED_PARAMETER,
             fei: 11,
@@ -177,9 +256,10 @@ pub fn agree(resp: &[u8; IC_LEN], asked: Digests) -> Result<Negotiated, FatalErr
         ));
     }
     Ok(Negotiated {
+        rx_align: align(ours.pda()),
         tx_align: align(pdu.pda),
         max_h2c_data,
-        max_r2t: HOST_MAX_R2T,
+        max_r2t: ours.max_r2t(),
         digests: Digests::from_wire(pdu.digests),
     })
 }
@@ -285,6 +365,45 @@ mod tests {
         let (_, resp) = answer(&ic_req(DATA)).unwrap();
         assert_eq!(resp[11], 2);
         assert_eq!(agree(&resp, BOTH).unwrap().digests, DATA);
+    }
+
+    #[test]
+    fn every_alignment_is_offered_and_kept_both_ways() {
+        for ours in 0..32 {
+            for theirs in 0..32 {
+                let offer = |pda: u32| Offer {
+                    align: (pda + 1) * 4,
+                    ..Offer::default()
+                };
+                let req = ic_req_of(&offer(ours));
+                assert_eq!(u32::from(req[10]), ours);
+                let (controller, resp) = answer_with(&req, &offer(theirs)).unwrap();
+                let host = agree_with(&resp, &offer(ours)).unwrap();
+                let of = |pda| (pda + 1) * 4;
+                assert_eq!((host.rx_align, host.tx_align), (of(ours), of(theirs)));
+                assert_eq!(
+                    (controller.rx_align, controller.tx_align),
+                    (of(theirs), of(ours))
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_offered_becomes_the_nearest_that_can() {
+        for (align, pda) in [(0, 0), (4, 0), (7, 0), (8, 1), (128, 31), (4096, 31)] {
+            let ours = Offer {
+                align,
+                max_r2t: 0,
+                max_h2c_data: 5,
+                ..Offer::default()
+            };
+            let req = ic_req_of(&ours);
+            assert_eq!((req[10], &req[12..16]), (pda, &[0; 4][..]));
+            let (_, resp) = answer_with(&req, &ours).unwrap();
+            assert_eq!((resp[10], &resp[12..16]), (pda, &4096u32.to_le_bytes()[..]));
+            assert_eq!(agree_with(&resp, &ours).unwrap().max_r2t, 1);
+        }
     }
 
     #[test]

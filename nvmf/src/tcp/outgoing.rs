@@ -2,8 +2,9 @@
 
 use super::digest::{DIGEST_LEN, Digests, crc32c};
 
-/// Longest header that is received or sent, in bytes: IC PDUs, and PDO with the largest alignment.
-pub const MAX_HEADER_LEN: usize = 128;
+/// Longest header that is received or sent, in bytes: a termination request with all of an IC PDU.
+/// Data begins at 144 at most, where 76 bytes of a header and its digest meet an alignment of 72.
+pub const MAX_HEADER_LEN: usize = 152;
 
 /// Largest payload that we put in one PDU, in bytes, whatever the peer takes: bounds how long one
 /// large transfer holds up everything behind it.

@@ -133,8 +133,21 @@ pub(crate) struct Data {
     pub(crate) ttag: u16,
     pub(crate) offset: u32,
     pub(crate) length: u32,
+    /// Bytes of data that the PDU has.
+    pub(crate) carried: u32,
     pub(crate) last: bool,
     pub(crate) success: bool,
+}
+
+impl Data {
+    /// The header's length of data is that of the PDU. To be checked after the fields before it.
+    pub(crate) fn check_length(&self) -> Result<(), FatalError> {
+        if self.length == self.carried {
+            return Ok(());
+        }
+        let what = "data length differs from what the PDU carries";
+        Err(FatalError::field(offset::DATA_LENGTH, what))
+    }
 }
 
 /// A received PDU, its fields checked as far as that needs no state.
@@ -278,7 +291,7 @@ enum DataRule {
 fn check_term_req(header: &CommonHeader) -> Option<Shape> {
     let plen = header.plen.get();
     let good = header.hlen == 24 && (24..=TERM_REQ_MAX).contains(&plen);
-    good.then_some(Shape {
+    good.then(|| Shape {
         hlen: 24,
         header_digest: 0,
         pad: 0,
@@ -318,15 +331,12 @@ pub(crate) fn parse(header: &[u8], shape: Shape) -> Result<Pdu, FatalError> {
                 ttag: data.ttag.get(),
                 offset: data.offset.get(),
                 length: data.length.get(),
+                carried: shape.data_len,
                 last: common.flags & flag::LAST_PDU != 0,
                 success: common.flags & flag::SUCCESS != 0,
             };
             if kind == pdu_type::R2T {
                 return Ok(Pdu::R2t(parsed));
-            }
-            if parsed.length != shape.data_len {
-                let what = "data length differs from what the PDU carries";
-                return Err(FatalError::field(offset::DATA_LENGTH, what));
             }
             Ok(Pdu::Data(parsed))
         }
@@ -336,9 +346,7 @@ pub(crate) fn parse(header: &[u8], shape: Shape) -> Result<Pdu, FatalError> {
 /// Where payload starts after a header of `hlen` bytes, with its digest and the receiver's
 /// alignment.
 fn data_offset(hlen: usize, limits: &Limits) -> usize {
-    (hlen + limits.digests.header_len())
-        .next_multiple_of(limits.tx_align as usize)
-        .min(MAX_HEADER_LEN)
+    (hlen + limits.digests.header_len()).next_multiple_of(limits.tx_align as usize)
 }
 
 /// The digest flags of a PDU with `data_len` bytes of data.
@@ -430,8 +438,7 @@ fn data_header(common: CommonHeader, data: Data) -> DataHeader {
 /// A termination request, with the start of the offending header behind it; never with digests.
 pub(crate) fn term_req(pdu_type: u8, error: FatalError, offending: &[u8]) -> TxPdu {
     let hlen = size_of::<TermReqHeader>();
-    // As much as fits a header buffer; the specification allows 128 bytes, no PDU header of ours
-    // has more than 72.
+    // At most 128 bytes, which is the longest header.
     let echo = &offending[..offending.len().min(MAX_HEADER_LEN - hlen)];
     let header = TermReqHeader {
         common: common(pdu_type, 0, hlen, 0, hlen + echo.len()),

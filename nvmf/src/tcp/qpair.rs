@@ -60,7 +60,7 @@ impl Window {
 pub trait Role: sealed::Sealed {}
 
 pub(crate) mod sealed {
-    use super::{FatalError, Limits, Pdu, Receiver, TxPdu, Window};
+    use super::{FatalError, Limits, Pdu, Receiver, TxPayload, TxPdu, Window};
 
     pub trait Sealed {
         #[expect(private_interfaces, reason = "the trait is sealed")]
@@ -75,8 +75,8 @@ pub(crate) mod sealed {
         fn unseen(&self, slot: u16) -> bool;
         /// The next PDU to send.
         fn transmit(&mut self, limits: &Limits) -> Option<TxPdu>;
-        /// The kernel has all payload of a PDU of this command.
-        fn transmitted(&mut self, slot: u16);
+        /// The kernel has all payload of a PDU.
+        fn transmitted(&mut self, payload: TxPayload);
     }
 }
 
@@ -219,6 +219,13 @@ impl<R: Role> QPair<R> {
         used
     }
 
+    /// Nobody wants the payload of this command any more, should it be arriving.
+    pub(crate) fn discard_payload_of(&mut self, slot: u16) {
+        if self.window.slot == Some(slot) {
+            self.window.slot = None;
+        }
+    }
+
     fn finish_window(&mut self) {
         if self.window.len == 0 && self.trailer.is_none() {
             self.finish_pdu(true);
@@ -250,7 +257,7 @@ impl<R: Role> QPair<R> {
 
     /// The kernel has taken all payload of a PDU that [`Self::transmit`] gave.
     pub fn transmitted(&mut self, payload: TxPayload) {
-        self.role.transmitted(payload.slot);
+        self.role.transmitted(payload);
     }
 
     /// The peer ended the connection with a termination request (or with one too malformed to

@@ -7,7 +7,10 @@ use nvmf::spec::{Cqe, Sqe, Status};
 use nvmf::tcp::{Controller, ControllerEvent, Digests, Direction, Host, Limits, QPair, Role, Want};
 use zerocopy::IntoBytes;
 
+mod abandon;
+mod align;
 mod digest;
+mod r2t;
 mod stepping;
 mod wire;
 
@@ -42,19 +45,19 @@ fn a_stream_may_be_cut_anywhere() {
     for chunk in (1..200).chain([1000, 5000]) {
         for len in [1usize, 512, 1024, 1025, 9000] {
             for (header, data) in [(false, false), (true, false), (false, true), (true, true)] {
-                write_then_read(chunk, len, Digests { header, data });
+                let limits = Limits {
+                    digests: Digests { header, data },
+                    ..limits()
+                };
+                write_then_read(chunk, len, limits, limits);
             }
         }
     }
 }
 
-fn write_then_read(chunk: usize, len: usize, digests: Digests) {
-    let limits = Limits {
-        digests,
-        ..limits()
-    };
-    let mut host = QPair::host(QUEUE_SIZE, limits);
-    let mut controller = QPair::controller(QUEUE_SIZE, false, limits);
+fn write_then_read(chunk: usize, len: usize, of_host: Limits, of_controller: Limits) {
+    let mut host = QPair::host(QUEUE_SIZE, of_host);
+    let mut controller = QPair::controller(QUEUE_SIZE, false, of_controller);
     let data = pattern(len);
     let mut stored = vec![0; len];
     let mut store = |_, offset: u32, bytes: &[u8]| {
@@ -224,9 +227,14 @@ fn a_host_checks_data_against_the_command_it_is_for() {
     ] {
         assert_eq!(offence(&mut read().0, &bytes), expected, "{bytes:02x?}");
     }
-    let mut wrong_length = data_pdu(0x07, 4, cid, 0, 0, 100);
-    wrong_length[16] = 99;
-    assert_eq!(offence(&mut read().0, &wrong_length), (1, 16));
+    let wrong_length = |cccid| {
+        let mut bytes = data_pdu(0x07, 4, cccid, 0, 0, 100);
+        bytes[16] = 99;
+        bytes
+    };
+    assert_eq!(offence(&mut read().0, &wrong_length(cid)), (1, 16));
+    // The field before it is wrong, too.
+    assert_eq!(offence(&mut read().0, &wrong_length(cid ^ 0x100)), (1, 8));
     // More after the last.
     let twice = [
         data_pdu(0x07, 4, cid, 0, 0, 50),
@@ -281,11 +289,23 @@ fn a_controller_checks_data_against_what_it_asked_for() {
         (data_pdu(0x06, 0, cid, ttag + 1, 0, 100), (1, 10)),
         (data_pdu(0x06, 0, cid, 0xffff, 0, 100), (1, 10)),
         (data_pdu(0x06, 0, cid + 1, ttag, 0, 100), (1, 8)),
+        (data_pdu(0x06, 0, cid + 1, 0xffff, 0, 100), (1, 8)),
         (data_pdu(0x06, 0, cid, ttag, 0, 4097), (5, 0)),
         (data_pdu(0x06, 0, cid, ttag, 8999, 2), (4, 0)),
         (data_pdu(0x06, 0, cid, ttag, 4, 100), (2, 0)),
         (data_pdu(0x06, 4, cid, ttag, 0, 100), (2, 0)),
     ] {
+        assert_eq!(offence(&mut asked().0, &bytes), expected, "{bytes:02x?}");
+    }
+    // A length that is not the PDU's, and something else that is wrong.
+    for (cccid, ttag, carried, expected) in [
+        (cid, ttag, 100, (1, 16)),
+        (cid, ttag, 5000, (1, 16)),
+        (cid, ttag + 1, 100, (1, 10)),
+        (cid + 1, ttag, 100, (1, 8)),
+    ] {
+        let mut bytes = data_pdu(0x06, 0, cccid, ttag, 0, carried);
+        bytes[16] ^= 1;
         assert_eq!(offence(&mut asked().0, &bytes), expected, "{bytes:02x?}");
     }
 }
@@ -414,10 +434,59 @@ fn an_early_error_stops_data_that_was_asked_for() {
     feed(&mut host, &failed, 24, |_| (), |_, _, _| ()).unwrap();
     assert!(host.transmit().is_none());
     host.transmitted(first.payload.unwrap());
-    assert_eq!(
-        host.completed().unwrap().cqe.status(),
-        Status::INTERNAL_ERROR
-    );
+    // As many as the kernel took of what was asked for.
+    let done = host.completed().unwrap();
+    assert_eq!(done.cqe.status(), Status::INTERNAL_ERROR);
+    assert_eq!(done.transferred, 4096);
+}
+
+#[test]
+fn data_that_was_asked_for_and_never_left_is_not_written() {
+    let (mut host, cid) = with_command(Direction::Out, 9000);
+    let asked = data_pdu(0x09, 0, cid, 3, 0, 9000);
+    let stream = [asked, response(cid)].concat();
+    feed(&mut host, &stream, 24, |_| (), |_, _, _| ()).unwrap();
+    let done = host.completed().unwrap();
+    assert_eq!(done.cqe.status(), Status::DATA_TRANSFER_ERROR);
+    assert_eq!(done.transferred, 0);
+}
+
+#[test]
+fn what_is_lost_with_the_connection_counts_what_moved_and_completes_once() {
+    let mut host = host();
+    let mut submit = |direction, len| {
+        let sqe = Sqe::write(1, 0, 1, false);
+        host.submit(sqe, direction, len).unwrap().1
+    };
+    let read = submit(Direction::In, 200);
+    let asked = submit(Direction::Out, 9000);
+    submit(Direction::Out, 512);
+    sent(&mut host, |_| vec![0; 512]);
+    // One that is never sent.
+    let sqe = Sqe::write(1, 0, 1, false);
+    host.submit(sqe, Direction::Out, 100).unwrap();
+    let stream = [
+        data_pdu(0x07, 0, read, 0, 0, 50),
+        data_pdu(0x09, 0, asked, 3, 0, 9000),
+        // Cut in the middle.
+        data_pdu(0x07, 0, read, 0, 50, 50)[..60].to_vec(),
+    ]
+    .concat();
+    feed(&mut host, &stream, 24, |_| (), |_, _, _| ()).unwrap();
+    while host.transmit().unwrap().payload.unwrap().slot != 1 {}
+    host.abort_all();
+    host.abort_all();
+    let lost = |host: &mut QPair<Host>| {
+        let done = host.completed()?;
+        assert_eq!(done.cqe.status(), Status::ABORTED_BY_HOST);
+        assert!(!done.sqhd_valid);
+        Some((done.slot, done.transferred))
+    };
+    let mut all: Vec<_> = std::iter::from_fn(|| lost(&mut host)).collect();
+    all.sort_unstable();
+    assert_eq!(all, [(0, 50), (1, 0), (2, 512), (3, 0)]);
+    assert_eq!((host.outstanding(), host.room()), (0, 7));
+    assert!(host.transmit().is_none());
 }
 
 #[test]
@@ -502,15 +571,75 @@ fn a_termination_request_ends_the_machine_with_its_reason_and_no_answer() {
     assert_eq!(host.terminated().unwrap().unwrap().fes.0, 4);
     assert!(host.transmit().is_none());
     // One that is malformed is not answered either.
-    let mut host = self::host();
-    feed(
-        &mut host,
-        &header(0x03, 0, 24, 0, 153),
-        24,
-        |_| (),
-        |_, _, _| (),
-    )
-    .unwrap();
-    assert_eq!(host.terminated(), Some(None));
-    assert!(host.transmit().is_none());
+    for (hlen, plen, read) in [
+        (24, 0, false),
+        (24, 23, false),
+        (24, 24, true),
+        (24, 152, true),
+        (24, 153, false),
+        (24, u32::MAX, false),
+        (23, 24, false),
+    ] {
+        let mut host = self::host();
+        let mut bytes = header(0x03, 0, hlen, 0, plen);
+        bytes.resize(152, 0);
+        feed(&mut host, &bytes, 24, |_| (), |_, _, _| ()).unwrap();
+        assert_eq!(host.terminated().unwrap().is_some(), read, "{hlen} {plen}");
+        assert!(host.transmit().is_none());
+    }
+}
+
+#[test]
+fn a_read_that_is_sent_in_part_is_answered_by_an_entry() {
+    let (mut host, mut controller) = (host(), controller());
+    host.submit(Sqe::read(1, 0, 1), Direction::In, 1000)
+        .unwrap();
+    let stream = sent(&mut host, |_| Vec::new());
+    feed(&mut controller, &stream, 72, |_| (), |_, _, _| ()).unwrap();
+    let Some(ControllerEvent::Command { slot, .. }) = controller.event() else {
+        panic!()
+    };
+    controller.send(slot, 0, 999, true).unwrap();
+    controller.respond(slot, Cqe::default());
+    let stream = sent(&mut controller, |_| pattern(1000));
+    // C2HData with LAST_PDU and without SUCCESS, and a response.
+    assert_eq!((stream[1], stream.len()), (4, 24 + 999 + 24));
+}
+
+#[test]
+fn sqhd_counts_the_answers_unless_flow_control_is_off() {
+    for on in [true, false] {
+        let mut host = host();
+        let mut controller = QPair::controller(QUEUE_SIZE, on, limits());
+        for answer in 1..20u16 {
+            host.submit(Sqe::read(1, 0, 1), Direction::In, 8).unwrap();
+            let stream = sent(&mut host, |_| Vec::new());
+            feed(&mut controller, &stream, 72, |_| (), |_, _, _| ()).unwrap();
+            let Some(ControllerEvent::Command { slot, .. }) = controller.event() else {
+                panic!()
+            };
+            controller.send(slot, 0, 8, true).unwrap();
+            controller.respond(slot, Cqe::default());
+            let stream = sent(&mut controller, |_| pattern(8));
+            feed(&mut host, &stream, 24, |_| (), |_, _, _| ()).unwrap();
+            let done = host.completed().unwrap();
+            // A success is a flag of the data only without flow control.
+            assert_eq!((done.sqhd_valid, stream.len() > 32), (on, on));
+            let sqhd = if on { (2 * answer - 1) % 8 } else { 0 };
+            assert_eq!(done.cqe.sqhd.get(), sqhd);
+            // Other answers are entries in any case.
+            host.submit(Sqe::flush(1), Direction::None, 0).unwrap();
+            let stream = sent(&mut host, |_| Vec::new());
+            feed(&mut controller, &stream, 72, |_| (), |_, _, _| ()).unwrap();
+            let Some(ControllerEvent::Command { slot, .. }) = controller.event() else {
+                panic!()
+            };
+            controller.respond(slot, Cqe::default());
+            let stream = sent(&mut controller, |_| Vec::new());
+            feed(&mut host, &stream, 24, |_| (), |_, _, _| ()).unwrap();
+            let done = host.completed().unwrap();
+            let sqhd = if on { 2 * answer % 8 } else { 0xffff };
+            assert_eq!((done.sqhd_valid, done.cqe.sqhd.get()), (true, sqhd));
+        }
+    }
 }
