@@ -356,6 +356,178 @@ fn sqhd_follows_the_queue_unless_flow_control_is_off() {
     }
 }
 
+/// Progress of both ends, until nothing is on its way.
+fn settle(host: &mut Host, controller: &mut Controller) {
+    for _ in 0..2 {
+        host.flush(&mut ready());
+        controller.progress(&mut ready());
+        controller.flush(&mut ready());
+        host.progress(&mut ready());
+    }
+}
+
+fn aborted(done: Option<Completion>, token: u64, len: usize) {
+    let done = done.unwrap();
+    assert_eq!(done.cqe.status(), Status::ABORTED_BY_HOST);
+    assert!(!done.sqhd_valid);
+    assert_eq!((done.token, done.transfer.len()), (token, len));
+}
+
+#[test]
+fn an_abandoned_command_that_the_controller_has_not_seen_never_reaches_it() {
+    for flushed in [false, true] {
+        let (mut host, mut controller) = pair();
+        let sink = MemSink::from_bytes(vec![0; 512]);
+        let id = host.submit(Sqe::read(1, 0, 1), Transfer::In(sink), 1);
+        let id = id.unwrap();
+        if flushed {
+            host.flush(&mut ready());
+        }
+        read(&mut host, 100, 2);
+        assert!(host.abandon(id));
+        aborted(host.completion(), 1, 512);
+        assert!(!host.abandon(id));
+        let Command { data_len, .. } = arrived(&mut host, &mut controller);
+        assert_eq!((data_len, host.outstanding()), (100, 1));
+        assert!(controller.event().is_none());
+        assert_eq!(host.room(), QUEUE_SIZE as usize - 2);
+    }
+}
+
+#[test]
+fn memory_of_an_abandoned_command_comes_home_and_its_cid_rests_until_it_is_answered() {
+    for (seen, reads) in [(false, true), (true, true), (true, false)] {
+        let (mut host, mut controller) = pair();
+        let transfer = if reads {
+            Transfer::In(MemSink::from_bytes(vec![0xaa; 512]))
+        } else {
+            Transfer::Out(MemSource::from_bytes(vec![0xaa; 512]))
+        };
+        let id = host.submit(Sqe::read(1, 0, 1), transfer, 1).unwrap();
+        host.flush(&mut ready());
+        controller.progress(&mut ready());
+        let tag = seen.then(|| match controller.event() {
+            Some(ControllerEvent::Command(Command { tag, .. })) => tag,
+            other => panic!("{other:?}"),
+        });
+        assert!(host.abandon(id));
+        assert!(host.completion().is_none());
+        settle(&mut host, &mut controller);
+        aborted(host.completion(), 1, 512);
+        assert!(!host.abandon(id));
+        assert_eq!(host.outstanding(), 0);
+        let Some(tag) = tag else {
+            // It was not given out, and never will be.
+            assert!(controller.event().is_none());
+            assert_eq!(host.room(), QUEUE_SIZE as usize - 1);
+            continue;
+        };
+        assert_eq!(host.room(), QUEUE_SIZE as usize - 2);
+        for token in 10..16 {
+            read(&mut host, 1, token);
+        }
+        assert_eq!(host.room(), 0);
+        settle(&mut host, &mut controller);
+        // What the controller still does about it goes nowhere.
+        if reads {
+            let source = MemSource::from_bytes(vec![1; 512]);
+            controller.send(tag, 0, source, true).unwrap();
+            let event = controller.event();
+            assert!(matches!(event, Some(ControllerEvent::Sent { .. })));
+        } else {
+            let sink = MemSink::from_bytes(vec![0; 512]);
+            let (sink, status) = controller.fetch(tag, 0, sink).unwrap_err();
+            assert_eq!((sink.len(), status), (512, Status::DATA_TRANSFER_ERROR));
+        }
+        assert!(controller.lend(tag).is_none());
+        controller.respond(tag, Cqe::default());
+        settle(&mut host, &mut controller);
+        assert!(host.completion().is_none(), "once only");
+        assert_eq!((host.room(), host.outstanding()), (1, 6));
+        let sink = MemSink::from_bytes(vec![0; 1]);
+        let again = host.submit(Sqe::read(1, 0, 1), Transfer::In(sink), 20);
+        assert_eq!(again.unwrap(), id);
+    }
+}
+
+#[test]
+fn lent_memory_of_an_abandoned_command_comes_home_when_it_is_restored() {
+    for answered_first in [false, true] {
+        let (mut host, mut controller) = coupled();
+        let sink = MemSink::from_bytes(vec![0; 512]);
+        let id = host.submit(Sqe::read(1, 0, 1), Transfer::In(sink), 1);
+        let Command { tag, .. } = arrived(&mut host, &mut controller);
+        let lent = controller.lend(tag).unwrap();
+        assert!(host.abandon(id.unwrap()));
+        if answered_first {
+            controller.respond(tag, Cqe::default());
+        }
+        settle(&mut host, &mut controller);
+        assert!(host.completion().is_none(), "the backend has it");
+        assert_eq!(host.outstanding(), 1);
+        controller.restore(tag, lent);
+        settle(&mut host, &mut controller);
+        if answered_first {
+            // Its fate is known by now.
+            let done = host.completion().unwrap();
+            assert!(done.cqe.status().is_success());
+            assert_eq!(done.transfer.len(), 512);
+        } else {
+            aborted(host.completion(), 1, 512);
+            assert_eq!(host.room(), QUEUE_SIZE as usize - 2);
+            controller.respond(tag, Cqe::default());
+            settle(&mut host, &mut controller);
+        }
+        assert!(host.completion().is_none());
+        assert_eq!(host.room(), QUEUE_SIZE as usize - 1);
+    }
+}
+
+#[test]
+fn an_answer_that_crosses_an_abandon_is_the_one_that_counts() {
+    for handed_over in [false, true] {
+        let (mut host, mut controller) = pair();
+        let id = host.submit(Sqe::flush(1), Transfer::None, 1).unwrap();
+        let Command { tag, .. } = arrived(&mut host, &mut controller);
+        controller.respond(tag, Cqe::default());
+        if handed_over {
+            controller.flush(&mut ready());
+        }
+        assert!(host.abandon(id));
+        let done = completed(&mut host, &mut controller).unwrap();
+        assert!(done.cqe.status().is_success());
+        // The next command of this CID is another.
+        let again = host.submit(Sqe::flush(1), Transfer::None, 2).unwrap();
+        assert_eq!(again, id);
+        arrived(&mut host, &mut controller);
+        settle(&mut host, &mut controller);
+        assert!(host.completion().is_none());
+        assert_eq!(host.outstanding(), 1);
+    }
+}
+
+#[test]
+fn the_end_reports_no_abandoned_command_twice() {
+    for by_host in [true, false] {
+        let (mut host, mut controller) = pair();
+        let id = host.submit(Sqe::flush(1), Transfer::None, 1).unwrap();
+        arrived(&mut host, &mut controller);
+        host.abandon(id);
+        settle(&mut host, &mut controller);
+        aborted(host.completion(), 1, 0);
+        read(&mut host, 512, 2);
+        if by_host {
+            host.end()
+        } else {
+            controller.end()
+        }
+        settle(&mut host, &mut controller);
+        aborted(host.completion(), 2, 512);
+        assert!(host.completion().is_none());
+        assert!(host.ending().is_some());
+    }
+}
+
 #[test]
 fn a_transport_in_use_cannot_leave_and_declines_what_is_not_its_own() {
     let mut registry = Registry::with_defaults();

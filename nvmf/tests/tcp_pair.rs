@@ -15,7 +15,7 @@ use nvmf::tcp::negotiate;
 use nvmf::transport::registry::Lease;
 use nvmf::transport::tcp::{Connection, Digests, accept, connect};
 use nvmf::transport::{
-    CommandTag, ControllerEvent, ControllerQueuePair, Ending, HostQueuePair, QueuePair,
+    CommandTag, ControllerEvent, ControllerQueuePair, Ending, Fes, HostQueuePair, QueuePair,
     QueueParams, Ready, Registry, Transfer,
 };
 
@@ -335,11 +335,11 @@ fn a_peer_that_speaks_nonsense_is_told_once_and_left() {
     while pair.ending().is_none() && Instant::now() < deadline {
         step(&mut *pair);
     }
-    assert!(
-        matches!(pair.ending(), Some(Ending::Protocol(_))),
-        "{:?}",
-        pair.ending()
-    );
+    // The cause can be read by a program.
+    let Some(&Ending::Protocol(error)) = pair.ending() else {
+        panic!("{:?}", pair.ending())
+    };
+    assert_eq!((error.fes, error.fei), (Fes::INVALID_HEADER_FIELD, 0));
     let mut answer = Vec::new();
     peer.read_to_end(&mut answer).unwrap();
     // C2HTermReq, FES 1, FEI 0, and the eight bytes that offended.

@@ -39,6 +39,8 @@ pub(super) trait Dial: Sync {
 pub(super) struct Tcp<'a> {
     registry: &'a Registry,
     digests: Digests,
+    /// KATO; zero when there is none.
+    keep_alive_tmo: Duration,
 }
 
 impl<'a> Tcp<'a> {
@@ -48,7 +50,11 @@ impl<'a> Tcp<'a> {
             header: options.hdr_digest,
             data: options.data_digest,
         };
-        Self { registry, digests }
+        Self {
+            registry,
+            digests,
+            keep_alive_tmo: options.keep_alive_tmo,
+        }
     }
 }
 
@@ -63,6 +69,15 @@ impl Dial for Tcp<'_> {
         let connection = tcp::connect(at, self.digests, deadline)
             .await
             .map_err(|error| handshake_failed(at, error, deadline - started))?;
+        if !self.keep_alive_tmo.is_zero() {
+            // A peer that is gone is noticed no later than by a Keep Alive that is not answered; on I/O
+            // queues, too.
+            let set = connection.set_patience(self.keep_alive_tmo);
+            set.map_err(|error| HostError::Transport {
+                at,
+                reason: error.to_string(),
+            })?;
+        }
         let agreed = connection.negotiated.digests;
         if queue.admin && agreed != self.digests {
             tracing::warn!(

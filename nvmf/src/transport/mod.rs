@@ -12,6 +12,8 @@
 //! - Memory that [`ControllerQueuePair::lend`] gave out goes back with
 //!   [`ControllerQueuePair::restore`], whatever became of the command, and the command is not
 //!   completed before.
+//! - A command that is given up with [`HostQueuePair::abandon`] is completed as soon as nothing refers
+//!   to its memory, and its CID is not used again before its fate is known.
 //! - A queue pair ends once, with its cause in [`QueuePair::ending`]; what was outstanding then is
 //!   completed with [`Status::ABORTED_BY_HOST`] (host) or dropped with its buffers returned
 //!   (controller).
@@ -28,6 +30,7 @@ use std::os::fd::BorrowedFd;
 use memdesc::{MemSink, MemSource};
 
 use crate::spec::{Cqe, Sqe, Status};
+pub use crate::tcp::{FatalError, Fes, TermReq};
 pub use lane::{Lane, Turn};
 pub use registry::{Connection, Opening, QueueParams, Registry, RegistryError, Transport};
 
@@ -115,7 +118,7 @@ pub struct Completion {
     pub cqe: Cqe,
     /// False when the transport made the entry up, so that its SQHD means nothing.
     pub sqhd_valid: bool,
-    /// Bytes that were moved.
+    /// Bytes that were moved: whole PDUs that were received, or what was sent.
     pub transferred: u32,
     /// The data that was attached.
     pub transfer: Transfer,
@@ -130,12 +133,15 @@ pub enum Ending {
     /// The connection broke.
     #[error("the connection was lost: {0}")]
     Lost(String),
-    /// The peer broke the protocol; a termination request was sent.
+    /// The peer broke the protocol; a termination request that says so was sent.
     #[error("the peer broke the NVMe/TCP protocol: {0}")]
-    Protocol(String),
+    Protocol(FatalError),
     /// The peer sent a termination request.
     #[error("the peer ended the connection: {0}")]
-    Terminated(String),
+    Terminated(TermReq),
+    /// The peer sent a termination request that cannot be read.
+    #[error("the peer ended the connection: malformed termination request")]
+    Garbled,
     /// We ended it.
     #[error("ended locally")]
     Local,
@@ -184,10 +190,23 @@ pub trait HostQueuePair: QueuePair {
     /// [`Rejected`] gives the data back.
     fn submit(&mut self, sqe: Sqe, transfer: Transfer, token: u64) -> Result<CommandId, Rejected>;
 
+    /// Gives a command up whose completion was not taken. It completes with
+    /// [`Status::ABORTED_BY_HOST`] once nothing refers to its memory any more: at the next
+    /// [`QueuePair::progress`] or later, where a part of it is on its way to the socket or it is lent.
+    /// What still arrives for it is discarded. If it was not flushed it is never sent; otherwise the
+    /// controller may still carry it out, and until it answers, the CID is not used again and there is
+    /// room for one command fewer. A command that is answered already completes as it was.
+    ///
+    /// False when no such command is outstanding, or the transport cannot do it: then it goes on.
+    fn abandon(&mut self, id: CommandId) -> bool {
+        let _ = id;
+        false
+    }
+
     /// Commands that can be submitted before one has to complete.
     fn room(&self) -> usize;
 
-    /// Commands that are outstanding.
+    /// Commands whose completion was not taken.
     fn outstanding(&self) -> usize;
 
     /// The next completion, if there is one.

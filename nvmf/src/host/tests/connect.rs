@@ -10,7 +10,7 @@ use crate::host::scripted::{Answer, CNTLID, SHORT};
 use crate::spec::fabrics::{CATTR_DISABLE_SQ_FLOW, ConnectData, connect_offset, invalid_parameter};
 use crate::spec::opcode::fabrics::CONNECT;
 use crate::spec::{Cqe, Status};
-use crate::transport::Ending;
+use crate::transport::{Ending, Fes, TermReq};
 
 /// A controller that answers Connect of queue `qid` so.
 fn answering(qid: u16, answer: impl Fn() -> Answer + Send + 'static) -> Scripted {
@@ -201,7 +201,10 @@ async fn a_peer_that_hangs_up_at_connect_is_told_apart() {
     for ending in [
         Ending::Closed,
         Ending::Lost("reset".to_owned()),
-        Ending::Terminated("x".to_owned()),
+        Ending::Terminated(TermReq {
+            fes: Fes::INVALID_HEADER_FIELD,
+            fei: 8,
+        }),
     ] {
         let ended = ending.clone();
         let controller = answering(0, move || Answer::End(ended.clone()));

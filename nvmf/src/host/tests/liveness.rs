@@ -9,7 +9,7 @@ use crate::host::Loss;
 use crate::host::scripted::{Answer, SHORT};
 use crate::spec::opcode::{admin, fabrics};
 use crate::spec::property::Csts;
-use crate::transport::Ending;
+use crate::transport::{Ending, FatalError, Fes, TermReq};
 
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(5);
@@ -94,8 +94,16 @@ async fn an_end_of_the_admin_connection_is_a_loss_with_its_cause() {
     for ending in [
         Ending::Closed,
         Ending::Lost("reset".to_owned()),
-        Ending::Protocol("x".to_owned()),
-        Ending::Terminated("y".to_owned()),
+        Ending::Protocol(FatalError {
+            fes: Fes::SEQUENCE_ERROR,
+            fei: 0,
+            what: "x",
+        }),
+        Ending::Terminated(TermReq {
+            fes: Fes::INVALID_HEADER_FIELD,
+            fei: 8,
+        }),
+        Ending::Garbled,
     ] {
         let controller = Scripted::new();
         let association = connect(&controller).await.unwrap();

@@ -25,6 +25,8 @@ enum Memory {
     Here(Transfer),
     /// Lent, with the answer once there is one.
     Lent(Option<Cqe>),
+    /// Home: the host has abandoned the command.
+    Gone,
 }
 
 /// A command that was given out and not completed.
@@ -33,6 +35,8 @@ struct Slot {
     memory: Memory,
     /// Success without all of its data is not to be believed.
     needs_data: bool,
+    /// The host has abandoned the command.
+    abandoned: bool,
     len: u32,
     /// Bytes that were copied in order, or lent.
     moved: u32,
@@ -95,6 +99,7 @@ impl LoopbackController {
         let len = u32::try_from(transfer.len()).unwrap_or(u32::MAX);
         self.slots[index] = Some(Slot {
             needs_data: self.needs_data(&sqe, &transfer),
+            abandoned: false,
             memory: Memory::Here(transfer),
             len,
             moved: 0,
@@ -115,6 +120,44 @@ impl LoopbackController {
         }
     }
 
+    /// Lets go of commands that the host has abandoned; of memory that is lent, when it is back.
+    fn let_go(&mut self, abandoned: &[u16]) {
+        for &cid in abandoned {
+            let waiting = self.commands.iter().position(|here| here.cid == cid);
+            if let Some(Submission { transfer, .. }) =
+                waiting.and_then(|at| self.commands.remove(at))
+            {
+                self.give_up(cid, 0, transfer, true);
+            } else if let Some(slot) = outstanding(&mut self.slots, CommandTag(cid)) {
+                slot.abandoned = true;
+                self.send_memory_home(cid);
+            }
+        }
+    }
+
+    /// Gives the memory of an abandoned command back while the command itself goes on.
+    fn send_memory_home(&mut self, cid: u16) {
+        if let Some(slot) = outstanding(&mut self.slots, CommandTag(cid))
+            && let Memory::Here(transfer) = &mut slot.memory
+        {
+            let (transfer, moved) = (std::mem::take(transfer), slot.moved);
+            slot.memory = Memory::Gone;
+            self.give_up(cid, moved, transfer, false);
+        }
+    }
+
+    /// Reports an abandoned command; `last` when nothing will be done about it any more.
+    fn give_up(&mut self, cid: u16, moved: u32, transfer: Transfer, last: bool) {
+        self.queued.push(Answer {
+            cid,
+            cqe: Cqe::new(cid, Status::ABORTED_BY_HOST),
+            sqhd_valid: false,
+            transferred: moved,
+            transfer,
+            last,
+        });
+    }
+
     /// Sends a command home.
     fn answer(&mut self, cid: u16, mut cqe: Cqe, moved: u32, transfer: Transfer) {
         cqe.cid = cid.into();
@@ -128,6 +171,7 @@ impl LoopbackController {
             sqhd_valid: self.ending.is_none(),
             transferred: moved,
             transfer,
+            last: true,
         });
     }
 
@@ -167,6 +211,10 @@ impl LoopbackController {
                 }) => {
                     self.answer(cid as u16, lost, 0, transfer);
                 }
+                Some(Slot {
+                    memory: Memory::Gone,
+                    ..
+                }) => self.answer(cid as u16, lost, 0, Transfer::None),
             }
         }
         self.exchange.lock().controller_over = true;
@@ -201,14 +249,21 @@ impl QueuePair for LoopbackController {
         if std::mem::take(&mut ready.readable) && !self.coupled {
             acknowledge(&self.wake);
         }
+        if self.ending.is_some() {
+            // What the host still hands over, it takes back itself.
+            self.hand_over();
+            return false;
+        }
         let Self {
             exchange, commands, ..
         } = self;
         let mut state = exchange.lock();
+        let abandoned = std::mem::take(&mut state.abandoned);
         commands.extend(state.commands.drain(..));
         self.coupled = state.coupled;
         let over = state.host_over;
         drop(state);
+        self.let_go(&abandoned);
         if over {
             self.finish(Ending::Closed);
         }
@@ -258,8 +313,10 @@ impl ControllerQueuePair for LoopbackController {
         let Some(slot) = outstanding(slots, tag) else {
             return Err((sink, Status::INTERNAL_ERROR));
         };
-        let Memory::Here(Transfer::Out(source)) = &slot.memory else {
-            return Err((sink, Status::DATA_SGL_LENGTH_INVALID));
+        let source = match &slot.memory {
+            Memory::Here(Transfer::Out(source)) => source,
+            Memory::Gone => return Err((sink, Status::DATA_TRANSFER_ERROR)),
+            _ => return Err((sink, Status::DATA_SGL_LENGTH_INVALID)),
         };
         // While this is held, the host's end is there, and so is its memory.
         let state = exchange.lock();
@@ -293,8 +350,13 @@ impl ControllerQueuePair for LoopbackController {
         let Some(slot) = outstanding(slots, tag) else {
             return Err((source, Status::INTERNAL_ERROR));
         };
-        let Memory::Here(Transfer::In(sink)) = &mut slot.memory else {
-            return Err((source, Status::DATA_SGL_LENGTH_INVALID));
+        let sink = match &mut slot.memory {
+            Memory::Here(Transfer::In(sink)) => sink,
+            Memory::Gone => {
+                self.events.push_back(ControllerEvent::Sent { tag, source });
+                return Ok(());
+            }
+            _ => return Err((source, Status::DATA_SGL_LENGTH_INVALID)),
         };
         if offset != slot.moved {
             return Err((source, Status::INTERNAL_ERROR));
@@ -321,7 +383,7 @@ impl ControllerQueuePair for LoopbackController {
         }
         let slot = outstanding(&mut self.slots, tag)?;
         match &mut slot.memory {
-            Memory::Here(Transfer::None) | Memory::Lent(_) => None,
+            Memory::Here(Transfer::None) | Memory::Lent(_) | Memory::Gone => None,
             Memory::Here(_) if slot.moved > 0 => None,
             Memory::Here(transfer) => {
                 let lent = std::mem::take(transfer);
@@ -341,8 +403,11 @@ impl ControllerQueuePair for LoopbackController {
         let answer = answer.take();
         slot.memory = Memory::Here(lent);
         slot.moved = slot.len;
+        let abandoned = slot.abandoned;
         if let Some(cqe) = answer {
             self.respond(tag, cqe);
+        } else if abandoned {
+            self.send_memory_home(tag.0);
         }
     }
 
@@ -368,12 +433,17 @@ impl ControllerQueuePair for LoopbackController {
                 needs_data,
                 len,
                 moved,
+                ..
             }) => {
                 if cqe.status().is_success() && needs_data && moved < len {
                     cqe.status = Status::DATA_TRANSFER_ERROR.to_wire().into();
                 }
                 self.answer(tag.0, cqe, moved, transfer);
             }
+            Some(Slot {
+                memory: Memory::Gone,
+                ..
+            }) => self.answer(tag.0, cqe, 0, Transfer::None),
         }
     }
 

@@ -153,6 +153,13 @@ impl HostQueuePair for Coupled {
         submitted
     }
 
+    fn abandon(&mut self, id: CommandId) -> bool {
+        let abandoned = self.host.abandon(id);
+        // The controller lets go when it runs.
+        self.due |= abandoned;
+        abandoned
+    }
+
     fn room(&self) -> usize {
         self.host.room()
     }

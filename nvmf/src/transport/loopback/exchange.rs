@@ -24,6 +24,8 @@ pub(super) struct Answer {
     pub(super) sqhd_valid: bool,
     pub(super) transferred: u32,
     pub(super) transfer: Transfer,
+    /// The controller is done with the command. Otherwise it was abandoned, and this is its memory.
+    pub(super) last: bool,
 }
 
 /// See the module.
@@ -31,6 +33,8 @@ pub(super) struct Answer {
 pub(super) struct State {
     pub(super) commands: Vec<Submission>,
     pub(super) answers: Vec<Answer>,
+    /// CIDs of commands that were abandoned at the host, and that the controller does not know of.
+    pub(super) abandoned: Vec<u16>,
     /// The host's end was ended: its memory must not be touched unless it was lent.
     pub(super) host_over: bool,
     pub(super) controller_over: bool,

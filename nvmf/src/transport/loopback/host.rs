@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use super::Connection;
-use super::exchange::{Answer, Exchange, Submission, acknowledge, hand_over, wake};
+use super::exchange::{Answer, Exchange, State, Submission, acknowledge, hand_over, wake};
 use crate::spec::sqe::{PSDT_MASK, PSDT_SGL, SglDescriptor, sgl_type};
 use crate::spec::{Cqe, Sqe, Status};
 use crate::transport::registry::Lease;
@@ -15,13 +15,29 @@ use crate::transport::{
     Ready, Rejected, RejectedReason, Transfer,
 };
 
+/// What became of a CID.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Free,
+    /// Its command is outstanding.
+    Outstanding,
+    /// Outstanding, and abandoned.
+    Abandoned,
+    /// Its command was abandoned and completed; the controller is not done with it.
+    Resting,
+}
+
 /// See the module.
 pub(super) struct LoopbackHost {
     exchange: Arc<Exchange>,
     wake: UnixStream,
     /// Tokens of commands, by CID.
     tokens: Vec<u64>,
+    /// By CID.
+    uses: Vec<Use>,
     free: Vec<u16>,
+    /// CIDs that rest.
+    resting: usize,
     /// Commands since the last flush.
     queued: Vec<Submission>,
     /// Answers that were not taken yet.
@@ -40,6 +56,8 @@ impl LoopbackHost {
             exchange,
             wake,
             tokens: vec![0; depth],
+            uses: vec![Use::Free; depth],
+            resting: 0,
             free: (0..depth as u16).rev().collect(),
             queued: Vec::with_capacity(depth.min(1024)),
             answers: VecDeque::with_capacity(depth.min(1024)),
@@ -56,7 +74,16 @@ impl LoopbackHost {
             exchange, answers, ..
         } = self;
         let mut state = exchange.lock();
-        answers.extend(state.answers.drain(..));
+        let State {
+            answers: new,
+            abandoned,
+            ..
+        } = &mut *state;
+        // The controller must not take a later command of the same CID for the abandoned one.
+        if !abandoned.is_empty() {
+            abandoned.retain(|&cid| !new.iter().any(|answer| answer.last && answer.cid == cid));
+        }
+        answers.extend(new.drain(..));
         self.copied_bytes = state.copied_bytes;
         if state.controller_over && self.ending.is_none() {
             self.ending = Some(Ending::Closed);
@@ -77,7 +104,14 @@ fn lost(submission: Submission) -> Answer {
         sqhd_valid: false,
         transferred: 0,
         transfer: submission.transfer,
+        last: true,
     }
+}
+
+/// Takes the command of a CID out of a list.
+fn withdraw(list: &mut Vec<Submission>, cid: u16) -> Option<Submission> {
+    let at = list.iter().position(|submission| submission.cid == cid)?;
+    Some(list.remove(at))
 }
 
 impl QueuePair for LoopbackHost {
@@ -154,6 +188,7 @@ impl HostQueuePair for LoopbackHost {
             return rejected(transfer, RejectedReason::Full);
         };
         self.tokens[usize::from(cid)] = token;
+        self.uses[usize::from(cid)] = Use::Outstanding;
         sqe.cid = cid.into();
         sqe.flags = sqe.flags & !PSDT_MASK | PSDT_SGL;
         sqe.sgl1 = SglDescriptor {
@@ -165,6 +200,33 @@ impl HostQueuePair for LoopbackHost {
         Ok(CommandId(cid))
     }
 
+    fn abandon(&mut self, id: CommandId) -> bool {
+        let CommandId(cid) = id;
+        match self.uses.get_mut(usize::from(cid)) {
+            Some(here @ Use::Outstanding) => *here = Use::Abandoned,
+            _ => return false,
+        }
+        if let Some(unsent) = withdraw(&mut self.queued, cid) {
+            self.answers.push_back(lost(unsent));
+            return true;
+        }
+        let answered = |answer: &Answer| answer.cid == cid;
+        if self.answers.iter().any(answered) {
+            return true;
+        }
+        let mut state = self.exchange.lock();
+        if let Some(unseen) = withdraw(&mut state.commands, cid) {
+            self.answers.push_back(lost(unseen));
+        } else if !state.answers.iter().any(answered) {
+            state.abandoned.push(cid);
+            drop(state);
+            if !self.coupled {
+                wake(&self.wake);
+            }
+        }
+        true
+    }
+
     fn room(&self) -> usize {
         match self.ending {
             Some(_) => 0,
@@ -173,19 +235,33 @@ impl HostQueuePair for LoopbackHost {
     }
 
     fn outstanding(&self) -> usize {
-        self.tokens.len() - self.free.len()
+        self.tokens.len() - self.free.len() - self.resting
     }
 
     fn completion(&mut self) -> Option<Completion> {
-        let answer = self.answers.pop_front()?;
-        self.free.push(answer.cid);
-        Some(Completion {
-            token: self.tokens[usize::from(answer.cid)],
-            cqe: answer.cqe,
-            sqhd_valid: answer.sqhd_valid,
-            transferred: answer.transferred,
-            transfer: answer.transfer,
-        })
+        loop {
+            let answer = self.answers.pop_front()?;
+            let here = &mut self.uses[usize::from(answer.cid)];
+            let rested = *here == Use::Resting;
+            if answer.last {
+                *here = Use::Free;
+                self.free.push(answer.cid);
+                if rested {
+                    self.resting -= 1;
+                    continue;
+                }
+            } else {
+                *here = Use::Resting;
+                self.resting += 1;
+            }
+            return Some(Completion {
+                token: self.tokens[usize::from(answer.cid)],
+                cqe: answer.cqe,
+                sqhd_valid: answer.sqhd_valid,
+                transferred: answer.transferred,
+                transfer: answer.transfer,
+            });
+        }
     }
 
     fn couple(&mut self) -> bool {

@@ -12,7 +12,7 @@ use super::super::{
 use super::Connection;
 use super::stream::{Memory, Stream, Target, is_large};
 use crate::spec::{Cqe, Status};
-use crate::tcp::{self, Controller, FetchError, QPair, SendError, TxPayload};
+use crate::tcp::{self, Answered, Controller, FetchError, QPair, SendError, TxPayload};
 
 /// In-capsule data of a command, from its arrival to its fetch.
 #[derive(Default)]
@@ -142,6 +142,26 @@ impl Memories {
         if depth > self.slots.len() {
             self.slots.resize_with(depth, Slot::default);
             self.done.reserve(depth);
+        }
+    }
+
+    /// Gives back what a command that was answered would have fetched into: what still comes is
+    /// discarded.
+    fn give_up_fetch(&mut self, tag: u16) {
+        let Some(slot) = self.slots.get_mut(usize::from(tag)) else {
+            return;
+        };
+        slot.in_capsule = InCapsule::None;
+        if let Some((sink, _)) = slot.sink.take() {
+            if is_large(sink.len()) {
+                self.large_expected -= 1;
+            }
+            let given_up = fetched(tag, sink, Err(Status::DATA_TRANSFER_ERROR));
+            self.done.push_back(given_up);
+        }
+        if let Some((sink, _)) = slot.waiting.take() {
+            let given_up = fetched(tag, sink, Err(Status::DATA_TRANSFER_ERROR));
+            self.done.push_back(given_up);
         }
     }
 
@@ -383,7 +403,9 @@ impl ControllerQueuePair for TcpController {
     }
 
     fn respond(&mut self, tag: CommandTag, cqe: Cqe) {
-        self.stream.machine.respond(tag.0, cqe);
+        if let Answered::Queued = self.stream.machine.respond(tag.0, cqe) {
+            self.memory.give_up_fetch(tag.0);
+        }
     }
 
     fn outstanding(&self) -> usize {

@@ -2,7 +2,10 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::time::Duration;
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
@@ -10,6 +13,10 @@ use tokio::time::{Instant, timeout_at};
 use super::{Connection, Digests};
 use crate::tcp::FatalError;
 use crate::tcp::negotiate::{self, IC_LEN};
+
+/// How long a peer may acknowledge nothing before it is taken for dead, where nothing else is said: a
+/// host's keep-alive time-out says it for both ends when it is shorter, and this when there is none.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// First byte of a TLS alert record: what a peer that insists on TLS answers with.
 const TLS_ALERT: u8 = 0x15;
@@ -49,7 +56,7 @@ pub async fn connect(
 ) -> Result<Connection, ConnectError> {
     within(deadline, async {
         let mut stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
+        prepare(&stream)?;
         stream.write_all(&negotiate::ic_req(digests)).await?;
         let resp = read_ic(&mut stream).await?;
         match negotiate::agree(&resp, digests) {
@@ -69,7 +76,7 @@ pub async fn connect(
 /// [`ConnectError`]; the connection is closed then.
 pub async fn accept(mut stream: TcpStream, deadline: Instant) -> Result<Connection, ConnectError> {
     within(deadline, async {
-        stream.set_nodelay(true)?;
+        prepare(&stream)?;
         let req = read_ic(&mut stream).await?;
         match negotiate::answer(&req) {
             Ok((negotiated, resp)) => {
@@ -83,6 +90,26 @@ pub async fn accept(mut stream: TcpStream, deadline: Instant) -> Result<Connecti
         }
     })
     .await
+}
+
+/// Sets the options that each connection has, of either role: no delay, and an end to a peer that is
+/// not there any more.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    set_patience(stream, PATIENCE)
+}
+
+/// See [`Connection::set_patience`].
+pub(super) fn set_patience(stream: &impl AsFd, patience: Duration) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    // The system counts in seconds. The first probe goes out half-way, so that some are lost before
+    // the peer is given up.
+    let second = Duration::from_secs(1);
+    let keepalive = TcpKeepalive::new()
+        .with_time((patience / 2).max(second))
+        .with_interval((patience / 8).max(second));
+    socket.set_tcp_keepalive(&keepalive)?;
+    socket.set_tcp_user_timeout(Some(patience.max(second)))
 }
 
 async fn within<T>(

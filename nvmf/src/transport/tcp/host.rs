@@ -144,6 +144,10 @@ impl HostQueuePair for TcpHost {
         Ok(CommandId(cid))
     }
 
+    fn abandon(&mut self, id: CommandId) -> bool {
+        self.stream.machine.abandon(id.0)
+    }
+
     fn room(&self) -> usize {
         match self.stream.ending() {
             Some(_) => 0,

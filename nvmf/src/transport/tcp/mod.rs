@@ -4,10 +4,13 @@ mod controller;
 mod copies;
 mod dial;
 mod host;
+mod parting;
 mod stream;
 mod syscall;
 
+use std::io;
 use std::net::TcpStream;
+use std::time::Duration;
 
 use super::registry;
 use super::{ControllerQueuePair, HostQueuePair, Opening, QueueParams, Transport};
@@ -23,6 +26,17 @@ pub struct Connection {
     pub stream: TcpStream,
     /// What was agreed.
     pub negotiated: Negotiated,
+}
+
+impl Connection {
+    /// Takes the peer for dead when it acknowledges nothing for this long (a second at least):
+    /// neither data, nor probes where there is no data.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn set_patience(&self, patience: Duration) -> io::Result<()> {
+        dial::set_patience(&self.stream, patience)
+    }
 }
 
 /// Software NVMe/TCP.

@@ -11,8 +11,9 @@ use memdesc::{MemSink, MemSource};
 
 use super::super::{Counters, Ending, Interest, Ready};
 use super::copies::{Copies, PrivateCopy};
+use super::parting::part;
 use super::syscall::{MAX_VECTORS, Storage};
-use crate::tcp::{DIGEST_LEN, Digests, QPair, Role, TxPayload, TxPdu, Want, crc32c};
+use crate::tcp::{DIGEST_LEN, Digests, FatalError, QPair, Role, TxPayload, TxPdu, Want, crc32c};
 
 /// Transfers of at least this many bytes are received straight into their memory, headers read
 /// apart from payload; smaller ones go through the staging buffer.
@@ -140,14 +141,18 @@ impl<R: Role> Stream<R> {
     /// Ends the stream: nothing is sent or received any more. The first cause stays.
     pub(super) fn end(&mut self, cause: Ending) {
         if self.ending.is_none() {
-            self.ending = Some(cause);
-            self.machine.silence();
-            self.batch.clear();
-            self.copies.clear();
-            self.release_staging(true);
+            self.stop(cause);
             // The peer learns at once; an error means that it knows already.
             let _ = self.socket.shutdown(Shutdown::Both);
         }
+    }
+
+    fn stop(&mut self, cause: Ending) {
+        self.ending = Some(cause);
+        self.machine.silence();
+        self.batch.clear();
+        self.copies.clear();
+        self.release_staging(true);
     }
 
     /// Moves bytes both ways, a bounded amount. True when more can be moved at once.
@@ -185,7 +190,7 @@ impl<R: Role> Stream<R> {
                         self.received_crc = 0;
                         self.check_terminated();
                     }
-                    Err(error) => return self.fault(memory, error.to_string()),
+                    Err(error) => return self.fault(memory, error),
                 },
                 Want::Payload { slot, offset, len } => {
                     let take = bytes.len().min(len as usize);
@@ -337,25 +342,45 @@ impl<R: Role> Stream<R> {
 
     fn check_terminated(&mut self) {
         if let Some(term) = self.machine.terminated() {
-            let reason = term.map_or("malformed termination request".to_owned(), |t| {
-                t.to_string()
-            });
-            self.end(Ending::Terminated(reason));
+            self.end(term.map_or(Ending::Garbled, Ending::Terminated));
         }
     }
 
-    /// The peer broke the protocol: tell it once, then end.
-    fn fault(&mut self, memory: &mut impl Memory, what: String) -> Pump {
-        // What does not leave now is lost with the connection.
-        let _ = self.flush(
-            memory,
-            &mut Ready {
-                readable: false,
-                writable: true,
-            },
-        );
-        self.end(Ending::Protocol(what));
+    /// The peer broke the protocol: tell it once, and end. The connection itself ends when the peer
+    /// has read that, or in its time.
+    fn fault(&mut self, memory: &impl Memory, error: FatalError) -> Pump {
+        let last_words = self.last_words(memory);
+        self.stop(Ending::Protocol(error));
+        part(&self.socket, last_words);
         Pump::Drained
+    }
+
+    /// The rest of the PDU that the kernel has a part of, so that the peer finds what follows; and the
+    /// termination request. What else was to be sent is not.
+    fn last_words(&mut self, memory: &impl Memory) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let begun = self.batch.front().filter(|_| self.front_sent > 0);
+        if let Some(Queued { pdu, copy }) = begun {
+            bytes.extend_from_slice(pdu.header());
+            if let Some(copy) = copy {
+                bytes.extend_from_slice(self.copies.bytes(*copy));
+            } else if let Some(payload) = pdu.payload {
+                let start = bytes.len();
+                bytes.resize(start + payload.len as usize, 0);
+                let Some((source, base)) = memory.source(payload.slot) else {
+                    return Vec::new();
+                };
+                let at = payload.offset.saturating_sub(base) as usize;
+                if source.copy_to(at, &mut bytes[start..]).is_err() {
+                    return Vec::new();
+                }
+            }
+            bytes.drain(..self.front_sent.min(bytes.len()));
+        }
+        if let Some(term) = self.machine.transmit() {
+            bytes.extend_from_slice(term.header());
+        }
+        bytes
     }
 
     /// Sends what the machine has, batch by batch, until there is nothing or the socket is full.
