@@ -358,7 +358,7 @@ fn sqhd_follows_the_queue_unless_flow_control_is_off() {
 
 #[test]
 fn a_transport_in_use_cannot_leave_and_declines_what_is_not_its_own() {
-    let mut registry = Registry::with_defaults();
+    let registry = Registry::with_defaults();
     let (host, controller) = open(&registry, false);
     assert_eq!(registry.queue_pairs("loopback"), 2);
     assert!(registry.remove("loopback").is_err());
