@@ -183,7 +183,7 @@ pub(crate) struct AttachArgs {
 
 /// Options of `serve`.
 #[derive(Debug, Args)]
-#[command(after_help = SERVE_EXAMPLES)]
+#[command(after_help = format!("{SERVE_EXAMPLES}\n\n{STORAGE_THAT_FAILS}"))]
 pub(crate) struct ServeArgs {
     /// Unix socket for the VMM to connect to
     #[arg(long, value_name = "PATH")]
@@ -214,7 +214,8 @@ pub(crate) struct ServeArgs {
         value_parser = value_parser!(u32).range(limits::POLL_MAX_NS)
     )]
     pub(crate) poll_max_ns: u32,
-    /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with [,block-size=512|4096][,uuid=U]
+    /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with
+    /// [,block-size=512|4096][,uuid=U][,fault=RULE]
     #[arg(
         value_name = "SPEC",
         value_parser = OsStringValueParser::new().try_map(|text| Spec::parse(&text))
@@ -224,7 +225,7 @@ pub(crate) struct ServeArgs {
 
 /// Options of `export`.
 #[derive(Debug, Args)]
-#[command(after_help = EXPORT_EXAMPLES)]
+#[command(after_help = format!("{EXPORT_EXAMPLES}\n\n{STORAGE_THAT_FAILS}"))]
 pub(crate) struct ExportArgs {
     /// Address to listen on; may be given several times. Discovery answers there, and on port 8009
     /// of the same addresses where that is free, unless a port is 0
@@ -241,7 +242,8 @@ pub(crate) struct ExportArgs {
     /// Host that may connect; may be given several times [default: any]
     #[arg(long, value_name = "NQN")]
     pub(crate) allow_host: Vec<Nqn>,
-    /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with [,block-size=512|4096][,uuid=U]
+    /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with
+    /// [,block-size=512|4096][,uuid=U][,fault=RULE]
     #[arg(
         value_name = "SPEC",
         required = true,
@@ -349,6 +351,23 @@ Examples:
         file:/dev/vg0/disk1 ram:1G,block-size=4096
   An image whose name has a comma, read-only:
     vhost-nvmf export 'file:/images/a,,b.img,ro'";
+
+const STORAGE_THAT_FAILS: &str = "\
+Storage that fails on purpose, for tests:
+  fault=ACTION[:FILTER]...  may be given several times; the first error or hang decides
+  ACTION  error[=STATUS]    fail with a status such as write-fault, or SCT/SC in hexadecimal, as in
+                            2/0x81; with +dnr, \"do not retry\" is set
+          delay=TIME[-TIME] begin later, by a time in us, ms or s, or up to chance between two
+          hang              neither do nor answer it
+  FILTER  read, write, flush, zeroes, discard, compare
+                            these operations only
+          lba=N[-M]         operations on these blocks only
+          rate=P%           with this probability
+          after=N, every=N, count=N
+                            not the first N; the first of each N; N in all
+          seed=N            another course of what is up to chance
+  Each tenth write fails once in a while, and reads of one block are slow:
+    disk.img,fault=error:write:every=10:rate=25%,fault=delay=5ms-50ms:read:lba=2048";
 
 /// Reads the command line, program name first.
 ///

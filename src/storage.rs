@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use nvmf::backend::{
-    Backend, Counts, FileBackend, NullBackend, NullError, OpenError, RamBackend, RamError,
+    Backend, Counts, FaultBackend, FileBackend, NullBackend, NullError, OpenError, RamBackend,
+    RamError,
 };
 use nvmf::controller::Subsystem;
 
@@ -29,7 +30,7 @@ pub(crate) enum StorageError {
 /// [`StorageError`] as one line.
 pub(crate) fn open(namespace: &NamespaceConfig) -> Result<Arc<dyn Backend>, StorageError> {
     let block_size = namespace.block_size.bytes();
-    Ok(match &namespace.storage {
+    let mut backend: Arc<dyn Backend> = match &namespace.storage {
         Storage::File {
             path,
             read_only,
@@ -42,7 +43,15 @@ pub(crate) fn open(namespace: &NamespaceConfig) -> Result<Arc<dyn Backend>, Stor
         } => Arc::new(FileBackend::open_direct(path, block_size, *read_only)?),
         Storage::Ram { size } => Arc::new(RamBackend::new(size.bytes(), block_size)?),
         Storage::Null { size } => Arc::new(NullBackend::new(size.bytes(), block_size)?),
-    })
+    };
+    if !namespace.faults.is_empty() {
+        tracing::warn!(
+            rules = namespace.faults.len(),
+            "{namespace} fails on purpose: it has fault="
+        );
+        backend = Arc::new(FaultBackend::new(backend, namespace.faults.iter().cloned()));
+    }
+    Ok(backend)
 }
 
 /// Logs the counters of every namespace.

@@ -220,6 +220,9 @@ fn malformed_specs_are_named() {
         ("ram:1M,block-size=520", "block-size=4096"),
         ("ram:1M,uuid=1", "UUID"),
         ("ram:1M,cache=none", "cache=none"),
+        ("ram:1M,fault=oops", "oops"),
+        ("ram:1M,fault=error:rate=5", "rate=2.5%"),
+        ("ram:1M,fault=error=write-falt", "write-fault"),
         ("file:", "path"),
     ] {
         export_refused(&[spec], &[spec, word]);

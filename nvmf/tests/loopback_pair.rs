@@ -530,7 +530,7 @@ fn the_end_reports_no_abandoned_command_twice() {
 
 #[test]
 fn a_transport_in_use_cannot_leave_and_declines_what_is_not_its_own() {
-    let mut registry = Registry::with_defaults();
+    let registry = Registry::with_defaults();
     let (host, controller) = open(&registry, false);
     assert_eq!(registry.queue_pairs("loopback"), 2);
     assert!(registry.remove("loopback").is_err());

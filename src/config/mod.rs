@@ -1,5 +1,6 @@
 //! What the daemon is to do, checked: a value of these types can be acted on as it is.
 
+pub(crate) mod fault;
 pub(crate) mod identity;
 pub(crate) mod ids;
 pub(crate) mod size;
@@ -12,6 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nvmf::backend::fault::Fault;
 use nvmf::host::HostOptions;
 use nvmf::spec::Nqn;
 use uuid::Uuid;
@@ -82,6 +84,8 @@ pub(crate) struct NamespaceConfig {
     pub(crate) block_size: BlockSize,
     /// Identifier that stays the same for the same file on the same machine.
     pub(crate) uuid: Uuid,
+    /// What goes wrong with the storage on purpose, in order.
+    pub(crate) faults: Vec<Fault>,
 }
 
 /// What is wrong between options that are each well formed, or with what they name.
@@ -281,6 +285,7 @@ impl NamespaceConfig {
             storage,
             block_size: spec.block_size,
             uuid: spec.uuid.or(stable).unwrap_or_else(Uuid::new_v4),
+            faults: spec.faults,
         })
     }
 }

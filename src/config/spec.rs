@@ -4,8 +4,10 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
+use nvmf::backend::fault::Fault;
 use uuid::Uuid;
 
+use super::fault::{FaultError, parse_fault};
 use super::ids::{IdError, parse_uuid};
 use super::size::{Size, SizeError};
 
@@ -18,6 +20,8 @@ pub(crate) struct Spec {
     pub(crate) block_size: BlockSize,
     /// The namespace's UUID, when one was chosen.
     pub(crate) uuid: Option<Uuid>,
+    /// What goes wrong with the storage on purpose, in order.
+    pub(crate) faults: Vec<Fault>,
 }
 
 /// Where the blocks of a namespace are.
@@ -104,9 +108,17 @@ pub(crate) enum SpecError {
         /// What is wrong with it.
         error: IdError,
     },
+    /// Bad fault.
+    #[error("fault={value}: {error}")]
+    Fault {
+        /// As written.
+        value: String,
+        /// What is wrong with it.
+        error: FaultError,
+    },
     /// An option that does not exist.
     #[error(
-        "option '{0}' is unknown; there are ro, direct, block-size= and uuid= (a comma in a path is written ',,')"
+        "option '{0}' is unknown; there are ro, direct, block-size=, uuid= and fault= (a comma in a path is written ',,')"
     )]
     Option(String),
     /// An option twice.
@@ -115,8 +127,8 @@ pub(crate) enum SpecError {
 }
 
 impl Spec {
-    /// Parses `PATH | file:PATH[,ro][,direct] | ram:SIZE | null:SIZE`, with `,block-size=512|4096` and `,uuid=U` in any
-    /// order. A comma in a path is written twice.
+    /// Parses `PATH | file:PATH[,ro][,direct] | ram:SIZE | null:SIZE`, with `,block-size=512|4096`, `,uuid=U` and any
+    /// number of `,fault=RULE` in any order. A comma in a path is written twice.
     ///
     /// # Errors
     /// [`SpecError`] says what is wrong and what to write.
@@ -124,6 +136,7 @@ impl Spec {
         let mut fields = split(text.as_bytes()).into_iter();
         let subject = fields.next().unwrap_or_default();
         let (mut read_only, mut direct, mut block_size, mut uuid) = (None, None, None, None);
+        let mut faults = Vec::new();
         for option in fields {
             let option = String::from_utf8_lossy(&option).into_owned();
             match option.split_once('=') {
@@ -139,6 +152,13 @@ impl Spec {
                     })?;
                     once("uuid", &mut uuid, id)?;
                 }
+                Some(("fault", value)) => {
+                    let fault = parse_fault(value).map_err(|error| SpecError::Fault {
+                        value: value.to_owned(),
+                        error,
+                    })?;
+                    faults.push(fault);
+                }
                 _ => return Err(SpecError::Option(option)),
             }
         }
@@ -147,6 +167,7 @@ impl Spec {
             storage: storage(subject, read_only.is_some(), direct.is_some(), block_size)?,
             block_size,
             uuid,
+            faults,
         })
     }
 }
@@ -303,6 +324,7 @@ mod tests {
                 },
                 block_size: BlockSize::B4096,
                 uuid: Some(uuid),
+                faults: Vec::new(),
             }
         );
         assert_eq!(parse("x").unwrap().block_size, BlockSize::B512);
@@ -336,5 +358,13 @@ mod tests {
             Err(SpecError::NotBlocks { .. })
         ));
         assert!(matches!(parse("x,uuid=1"), Err(SpecError::Uuid { .. })));
+        assert!(matches!(parse("x,fault=1"), Err(SpecError::Fault { .. })));
+    }
+
+    #[test]
+    fn faults_keep_their_order() {
+        let spec = parse("x,fault=hang:read,ro,fault=error:write").unwrap();
+        let faults = ["hang:read", "error:write"].map(|text| parse_fault(text).unwrap());
+        assert_eq!(spec.faults, faults);
     }
 }

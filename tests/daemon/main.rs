@@ -20,6 +20,7 @@ mod bad_peers;
 mod data;
 mod efficiency;
 mod ending;
+mod faults;
 mod local;
 mod malformed;
 mod protocol;

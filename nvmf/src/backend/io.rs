@@ -3,9 +3,11 @@
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
 use std::sync::Once;
+use std::time::Duration;
 
 use super::Done;
 use super::job::Job;
+use super::later::{Clock, Later, Step};
 use super::pool::Mailbox;
 use super::syscall::Ring;
 use crate::spec::Status;
@@ -30,6 +32,16 @@ enum State {
     Failed,
 }
 
+impl State {
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Unused | Self::Failed => None,
+            Self::Ring(ring) => Some(ring.fd()),
+            Self::Threads(mailbox) => Some(mailbox.fd()),
+        }
+    }
+}
+
 /// Owned by one lane. The engine is made by the first operation that needs one, so a lane over
 /// memory has none.
 ///
@@ -41,6 +53,9 @@ pub struct BackendIo {
     backlog: VecDeque<Job>,
     done: VecDeque<Done>,
     generation: u64,
+    /// What decorators have left for later; made by the first that does. After the engine, which
+    /// may use memory of theirs.
+    later: Option<Box<Later>>,
 }
 
 impl BackendIo {
@@ -52,6 +67,7 @@ impl BackendIo {
             backlog: VecDeque::new(),
             done: VecDeque::new(),
             generation: 0,
+            later: None,
         }
     }
 
@@ -63,11 +79,14 @@ impl BackendIo {
     /// What becomes readable when something is done; `None` before the first operation that needs
     /// an engine.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        match &self.state {
-            State::Unused | State::Failed => None,
-            State::Ring(ring) => Some(ring.fd()),
-            State::Threads(mailbox) => Some(mailbox.fd()),
+        match self.clock() {
+            Some(clock) => Some(clock.fd()),
+            None => self.state.descriptor(),
         }
+    }
+
+    fn clock(&self) -> Option<&Clock> {
+        self.later.as_ref().and_then(|later| later.clock())
     }
 
     /// Operations that were submitted and whose [`Done`] was not taken.
@@ -77,7 +96,8 @@ impl BackendIo {
             State::Ring(ring) => ring.in_flight(),
             State::Threads(mailbox) => mailbox.in_flight(),
         };
-        engine + self.backlog.len() + self.done.len()
+        let waiting = self.later.as_ref().map_or(0, |later| later.waiting());
+        engine + self.backlog.len() + self.done.len() + waiting
     }
 
     /// Reports an operation as done: for backends that need no engine, and for refusals.
@@ -95,8 +115,7 @@ impl BackendIo {
             return self.done.push_back(job.finish(Ok(())));
         }
         if matches!(self.state, State::Unused) {
-            self.state = open(self.engine);
-            self.generation += 1;
+            self.open();
         }
         match &mut self.state {
             State::Ring(ring) if self.backlog.is_empty() => {
@@ -121,8 +140,48 @@ impl BackendIo {
         }
     }
 
+    fn open(&mut self) {
+        self.state = open(self.engine);
+        self.generation += 1;
+        if let (Some(clock), Some(engine)) = (self.clock(), self.state.descriptor())
+            && let Err(error) = clock.add(engine)
+        {
+            tracing::error!("files cannot be served: {error}");
+            self.state = State::Failed;
+        }
+    }
+
+    /// Leaves a step for later: after a time, or when the lane is over. It is abandoned where that
+    /// is not possible.
+    pub(super) fn wait_for(&mut self, after: Option<Duration>, step: Box<dyn Step>) {
+        let later = self.later.get_or_insert_default();
+        let had_clock = later.clock().is_some();
+        if let Err(step) = later.wait(after, step, self.state.descriptor()) {
+            return step.abandon(self);
+        }
+        if later.clock().is_some() != had_clock {
+            self.generation += 1;
+        }
+    }
+
+    /// Ends what only waits for its time, now and from now on: for a lane that is over, and has
+    /// nobody to answer.
+    pub fn abandon(&mut self) {
+        // Made also for a lane that has none, to know that it is over.
+        while let Some(step) = self.later.get_or_insert_default().end() {
+            step.abandon(self);
+        }
+    }
+
     /// The next operation that is done. Call until `None` before sleeping, then [`Self::flush`].
     pub fn done(&mut self) -> Option<Done> {
+        while let Some(step) = self.later.as_mut().and_then(|later| later.due()) {
+            step.resume(self);
+        }
+        self.engine_done()
+    }
+
+    fn engine_done(&mut self) -> Option<Done> {
         if let Some(done) = self.done.pop_front() {
             return Some(done);
         }
@@ -159,6 +218,13 @@ impl BackendIo {
     /// runtime.
     pub fn wait(&mut self) {
         if !self.done.is_empty() {
+            return;
+        }
+        if self.clock().is_some_and(Clock::is_set) {
+            self.flush();
+            if let Some(clock) = self.clock() {
+                clock.block();
+            }
             return;
         }
         match &mut self.state {

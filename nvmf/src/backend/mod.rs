@@ -11,19 +11,24 @@
 
 mod bounce;
 mod counters;
+pub mod fault;
 mod file;
 mod io;
 mod job;
+mod later;
 mod null;
 mod pool;
 mod ram;
 mod syscall;
+
+use std::ops::RangeInclusive;
 
 use memdesc::{MemSink, MemSource, Segment};
 
 use crate::spec::Status;
 use crate::transport::Transfer;
 pub use counters::{Counters, Counts};
+pub use fault::FaultBackend;
 pub use file::{FileBackend, OpenError};
 pub use io::{BackendIo, Engine};
 pub use null::{NullBackend, NullError};
@@ -118,6 +123,21 @@ impl BackendOp {
         }
     }
 
+    /// The blocks that are read or changed, any part of them.
+    fn blocks(&self, block_size: u32) -> Option<RangeInclusive<u64>> {
+        let (offset, len) = match self {
+            Self::Read { offset, sink } => (*offset, sink.len() as u64),
+            Self::Write { offset, source, .. } => (*offset, source.len() as u64),
+            Self::Flush => return None,
+            Self::WriteZeroes { offset, len, .. } | Self::Deallocate { offset, len } => {
+                (*offset, *len)
+            }
+        };
+        let last = offset.saturating_add(len.checked_sub(1)?);
+        let size = u64::from(block_size.max(1));
+        Some(offset / size..=last / size)
+    }
+
     /// Checks the operation against a geometry.
     fn check(&self, geometry: &Geometry) -> Result<(), Status> {
         let (offset, len, writes) = match self {
@@ -157,9 +177,15 @@ pub trait Backend: Send + Sync {
     /// What was done so far, by whoever shares it.
     fn counters(&self) -> &Counters;
 
-    /// Starts an operation; a [`Done`] with `token` comes out of `io`, at once or later. Operations
-    /// may overtake each other. A flush covers the writes that were done before it was submitted.
+    /// Starts an operation; a [`Done`] with `token`, below 2^31, comes out of `io`, at once or later.
+    /// Operations may overtake each other. A flush covers the writes that were done before it was
+    /// submitted.
     fn submit(&self, io: &mut BackendIo, op: BackendOp, token: u32);
+
+    /// As [`Self::submit`], of a read whose data a Compare is to look at.
+    fn submit_for_compare(&self, io: &mut BackendIo, op: BackendOp, token: u32) {
+        self.submit(io, op, token);
+    }
 
     /// The memory itself, to be read in place, where this backend is memory. `list` gives its
     /// storage when the answer is `Some`. Whoever sends it counts it in [`Self::counters`].

@@ -384,7 +384,11 @@ impl TargetLane {
                 let compare = slot.compare.as_mut();
                 let room = compare.and_then(|compare| compare.keep(sink.into_source()));
                 match room {
-                    Some(sink) => self.submit(tag, namespace, BackendOp::Read { offset, sink }),
+                    Some(sink) => {
+                        let read = BackendOp::Read { offset, sink };
+                        let backend = Self::backend(&self.subsystem, namespace);
+                        backend.submit_for_compare(&mut self.io, read, u32::from(tag.0));
+                    }
                     None => self.respond(tag, Err(Status::INTERNAL_ERROR)),
                 }
             }
@@ -516,7 +520,11 @@ impl Lane for TargetLane {
             return if again { Turn::Again } else { Turn::Idle };
         }
         self.waiting.clear();
-        match (self.events(), self.io.in_flight()) {
+        let more = self.events();
+        // What is held back would be answered to nobody.
+        self.io.abandon();
+        self.backend_done();
+        match (self.io.flush() || more, self.io.in_flight()) {
             (true, _) => Turn::Again,
             (false, 0) => Turn::Ended,
             (false, _) => Turn::Idle,
@@ -527,6 +535,8 @@ impl Lane for TargetLane {
 impl TargetLane {
     /// Waits for every operation on lent memory, and gives that back.
     fn restore_all(&mut self) {
+        self.io.abandon();
+        self.backend_done();
         while self.slots.iter().flatten().any(|slot| slot.lent) && self.io.in_flight() > 0 {
             self.io.wait();
             self.backend_done();

@@ -25,6 +25,19 @@ macro_rules! statuses {
         impl Status {
             $($(#[$doc])* pub const $name: Status = Status::new($sct, $sc);)*
 
+            /// The status of this name, which is that of its constant in lower case with hyphens.
+            pub fn from_name(name: &str) -> Option<Self> {
+                let same = |constant: &str| {
+                    let constant = constant.bytes().map(|byte| match byte {
+                        b'_' => b'-',
+                        byte => byte.to_ascii_lowercase(),
+                    });
+                    constant.eq(name.bytes())
+                };
+                $(if same(stringify!($name)) { return Some(Self::$name); })*
+                None
+            }
+
             /// What the code means, in a few words; empty when we do not know it.
             pub fn text(self) -> &'static str {
                 $(if self.code() == Self::$name.code() { return $text; })*
@@ -194,5 +207,14 @@ mod tests {
         assert_eq!(status.to_wire(), 0x8000 | 1 << 9 | 0x82 << 1);
         assert_eq!(Status::from_wire(status.to_wire() | 1), status);
         assert_eq!((status.sct(), status.sc(), status.dnr()), (1, 0x82, true));
+    }
+
+    #[test]
+    fn a_status_is_found_by_its_name() {
+        let named = Status::from_name("unrecovered-read-error");
+        assert_eq!(named, Some(Status::UNRECOVERED_READ_ERROR));
+        for name in ["", "unrecovered", "write-faults", "WRITE_FAULT"] {
+            assert_eq!(Status::from_name(name), None, "{name}");
+        }
     }
 }

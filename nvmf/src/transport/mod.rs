@@ -18,6 +18,7 @@
 //!   completed with [`Status::ABORTED_BY_HOST`] (host) or dropped with its buffers returned
 //!   (controller).
 
+mod connection;
 pub mod drive;
 pub mod lane;
 pub mod loopback;

@@ -10,6 +10,7 @@ mod admin;
 mod capture;
 mod connect;
 mod discovery;
+mod fault;
 mod io;
 mod rig;
 mod session;

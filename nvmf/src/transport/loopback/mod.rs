@@ -56,6 +56,12 @@ impl Connection {
     }
 }
 
+impl From<Connection> for registry::Connection {
+    fn from(connection: Connection) -> Self {
+        Self::new(connection)
+    }
+}
+
 /// The loopback transport.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Loopback;
@@ -74,24 +80,17 @@ impl Transport for Loopback {
     }
 
     fn open_host(&self, params: Box<QueueParams>) -> Opening<dyn HostQueuePair> {
-        match (*params).over(own) {
+        match params.over() {
             Ok(params) => Opening::Opened(Box::new(host::LoopbackHost::new(params))),
             Err(params) => Opening::Declined(params),
         }
     }
 
     fn open_controller(&self, params: Box<QueueParams>) -> Opening<dyn ControllerQueuePair> {
-        match (*params).over(own) {
+        match params.over() {
             Ok(params) => Opening::Opened(Box::new(controller::LoopbackController::new(params))),
             Err(params) => Opening::Declined(params),
         }
-    }
-}
-
-fn own(connection: registry::Connection) -> Result<Connection, registry::Connection> {
-    match connection {
-        registry::Connection::Loopback(connection) => Ok(connection),
-        other => Err(other),
     }
 }
 

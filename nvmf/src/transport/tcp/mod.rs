@@ -39,6 +39,12 @@ impl Connection {
     }
 }
 
+impl From<Connection> for registry::Connection {
+    fn from(connection: Connection) -> Self {
+        Self::new(connection)
+    }
+}
+
 /// Software NVMe/TCP.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tcp;
@@ -57,23 +63,16 @@ impl Transport for Tcp {
     }
 
     fn open_host(&self, params: Box<QueueParams>) -> Opening<dyn HostQueuePair> {
-        match (*params).over(own) {
+        match params.over() {
             Ok(params) => Opening::Opened(Box::new(host::TcpHost::new(params))),
             Err(params) => Opening::Declined(params),
         }
     }
 
     fn open_controller(&self, params: Box<QueueParams>) -> Opening<dyn ControllerQueuePair> {
-        match (*params).over(own) {
+        match params.over() {
             Ok(params) => Opening::Opened(Box::new(controller::TcpController::new(params))),
             Err(params) => Opening::Declined(params),
         }
-    }
-}
-
-fn own(connection: registry::Connection) -> Result<Connection, registry::Connection> {
-    match connection {
-        registry::Connection::Tcp(connection) => Ok(connection),
-        other => Err(other),
     }
 }
