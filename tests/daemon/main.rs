@@ -24,4 +24,5 @@ mod local;
 mod malformed;
 mod protocol;
 mod requests;
+mod stages;
 mod stopping;
