@@ -5,7 +5,6 @@ use nvmf::host::{
 };
 use nvmf::transport::Registry;
 use serde_json::{Value, json};
-use tokio::time::timeout;
 
 use super::table::table;
 use super::{END, ShowError, Shown};
@@ -20,7 +19,7 @@ pub(super) async fn identify(
     uri: &Uri,
     options: &HostOptions,
 ) -> Result<Shown, ShowError> {
-    let association = connect(registry, uri, options).await?;
+    let association = Association::connect(registry, &uri.target, options).await?;
     let namespace = match &uri.selector {
         NamespaceSelector::Only => Ok(None),
         selector => association.select(selector).await.map(Some),
@@ -47,7 +46,7 @@ pub(super) async fn list_namespaces(
     uri: &Uri,
     options: &HostOptions,
 ) -> Result<Shown, ShowError> {
-    let association = connect(registry, uri, options).await?;
+    let association = Association::connect(registry, &uri.target, options).await?;
     let namespaces = match &uri.selector {
         NamespaceSelector::Only => association.list_namespaces().await,
         selector => association
@@ -73,23 +72,6 @@ pub(super) async fn list_namespaces(
             "namespaces": json,
         }),
     })
-}
-
-async fn connect(
-    registry: &Registry,
-    uri: &Uri,
-    options: &HostOptions,
-) -> Result<Association, ShowError> {
-    // Each step has a time limit of its own; a user waits for all of them.
-    let after = options.connect_timeout;
-    let connecting = Association::connect(registry, &uri.target, options);
-    match timeout(after, connecting).await {
-        Ok(connected) => Ok(connected?),
-        Err(_) => Err(ShowError::TimedOut {
-            uri: uri.to_string(),
-            after,
-        }),
-    }
 }
 
 fn controller_rows(info: &ControllerInfo) -> Vec<[String; 2]> {

@@ -34,14 +34,6 @@ pub(crate) enum ShowError {
         /// How far the one that got farthest got.
         error: HostError,
     },
-    /// Bringing the association up took too long, step by step.
-    #[error("{uri} was not ready within {after:?}; look at the target's log")]
-    TimedOut {
-        /// What was to be shown.
-        uri: String,
-        /// How long it was waited for.
-        after: Duration,
-    },
 }
 
 /// An answer, for people and for programs.

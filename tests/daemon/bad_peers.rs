@@ -6,15 +6,14 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nvmf::spec::identify::{IdentifyController, IdentifyNamespace};
-use nvmf::spec::opcode::{admin, fabrics};
+use nvmf::spec::identify::{IdentifyController, IdentifyNamespace, cns};
 use nvmf::spec::property::Cc;
 use nvmf::spec::{Cqe, Nqn, Status};
 
 use crate::daemons::{Attach, Directory, Export};
 use crate::front_end::{FrontEnd, OK};
 use crate::process::Process;
-use crate::scripted::{SUBNQN, Script, Scripted};
+use crate::scripted::{Failure, SUBNQN, Script, Scripted, Stage};
 
 const NQN: &str = "nqn.2026-01.org.example:disk1";
 const HOST: &str = "nqn.2026-01.org.example:host1";
@@ -127,11 +126,11 @@ fn a_target_that_does_not_answer_is_given_up_when_the_time_to_connect_is_over() 
         });
     });
     let no_connect = Scripted::start(Script {
-        silent: Some(fabrics::OPCODE),
+        failure: Some((Some(Stage::Connect), Failure::Silent)),
         ..Script::default()
     });
     let no_identify = Scripted::start(Script {
-        silent: Some(admin::IDENTIFY),
+        failure: Some((Some(Stage::Identify(cns::CONTROLLER)), Failure::Silent)),
         ..Script::default()
     });
     // All at once, since each takes its time.

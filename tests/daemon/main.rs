@@ -25,4 +25,5 @@ mod local;
 mod malformed;
 mod protocol;
 mod requests;
+mod stages;
 mod stopping;

@@ -1,10 +1,12 @@
 //! An NVMe/TCP controller that a test scripts: honest where the script says nothing.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
+use nvmf::spec::discovery::{DiscoveryHeader, RECORD_LEN};
 use nvmf::spec::fabrics::SQHD_FLOW_DISABLED;
 use nvmf::spec::identify::{IDENTIFY_LEN, IdentifyController, IdentifyNamespace, cns};
 use nvmf::spec::opcode::{admin, fabrics, nvm};
@@ -28,6 +30,37 @@ const CMD_LEN: usize = 72;
 const DATA_LEN: usize = 24;
 const LAST_PDU: u8 = 1 << 2;
 
+/// Where a controller fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stage {
+    /// With its ICResp.
+    Handshake,
+    Connect,
+    /// Property Get, by offset.
+    Property(u32),
+    SetProperty,
+    /// Identify, by CNS.
+    Identify(u8),
+    SetFeatures,
+    GetLogPage,
+    /// The handshake of the second connection, an I/O queue's.
+    IoHandshake,
+    IoConnect,
+}
+
+/// How it fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Failure {
+    /// It says nothing.
+    Silent,
+    /// It hangs up in the middle of a PDU.
+    CutOff,
+    /// A byte of each PDU now and then.
+    Slow(Duration),
+    /// What it says is no PDU.
+    Nonsense,
+}
+
 /// What a test changes in an honest controller.
 #[derive(Default)]
 pub(crate) struct Script {
@@ -35,8 +68,10 @@ pub(crate) struct Script {
     pub(crate) connect: Option<Cqe>,
     pub(crate) controller: Option<fn(&mut IdentifyController)>,
     pub(crate) namespace: Option<fn(&mut IdentifyNamespace)>,
-    /// Commands that are never answered, by opcode.
-    pub(crate) silent: Option<u8>,
+    /// Where and how it fails; everywhere, if nowhere in particular.
+    pub(crate) failure: Option<(Option<Stage>, Failure)>,
+    /// It is a discovery controller.
+    pub(crate) discovery: bool,
     /// PSH bytes of ICResp that are changed: offset in the PDU and value.
     pub(crate) ic_resp: Vec<(usize, u8)>,
 }
@@ -57,7 +92,7 @@ impl Scripted {
         // Threads that nobody ends: each waits for bytes of a connection, and ends with it or with
         // the program.
         thread::spawn(move || {
-            for stream in listener.incoming().map_while(Result::ok) {
+            for (number, stream) in listener.incoming().map_while(Result::ok).enumerate() {
                 let shared = Arc::clone(&shared);
                 thread::spawn(move || {
                     let (script, configurations) = &*shared;
@@ -66,6 +101,8 @@ impl Scripted {
                     // A host that hangs up is no error here.
                     let _ = Connection {
                         stream,
+                        admin: number == 0,
+                        failure: None,
                         script,
                         configurations,
                         cc,
@@ -99,6 +136,10 @@ impl Scripted {
 
 struct Connection<'a> {
     stream: TcpStream,
+    /// The first of the controller.
+    admin: bool,
+    /// What is to happen to what is sent next.
+    failure: Option<Failure>,
     script: &'a Script,
     configurations: &'a Mutex<Vec<u32>>,
     cc: Cc,
@@ -114,7 +155,11 @@ impl Connection<'_> {
         for (at, byte) in &self.script.ic_resp {
             resp[*at] = *byte;
         }
-        self.stream.write_all(&resp)?;
+        self.enter(match self.admin {
+            true => Stage::Handshake,
+            false => Stage::IoHandshake,
+        });
+        self.transmit(&resp)?;
         loop {
             let mut header = [0; CMD_LEN];
             self.stream.read_exact(&mut header)?;
@@ -131,9 +176,7 @@ impl Connection<'_> {
     }
 
     fn answer(&mut self, sqe: &Sqe) -> std::io::Result<()> {
-        if self.script.silent == Some(sqe.opcode) {
-            return Ok(());
-        }
+        self.enter(self.stage(sqe));
         let cid = sqe.cid.get();
         let cqe = match (sqe.opcode, sqe.fctype()) {
             (fabrics::OPCODE, fabrics::CONNECT) => self.script.connect.unwrap_or(Cqe {
@@ -157,6 +200,14 @@ impl Connection<'_> {
                 }
                 None => Cqe::new(0, Status::INVALID_FIELD),
             },
+            (admin::GET_LOG_PAGE, _) => {
+                let length = (sqe.cdw10.get() >> 16) as usize * 4 + 4;
+                let mut page = vec![0; length.max(RECORD_LEN)];
+                let header = DiscoveryHeader::new_zeroed();
+                page[..RECORD_LEN].copy_from_slice(header.as_bytes());
+                self.send_data(cid, &page[..length])?;
+                Cqe::new(0, Status::SUCCESS)
+            }
             // One I/O queue each way, zero-based.
             (admin::SET_FEATURES | admin::KEEP_ALIVE | nvm::FLUSH, _) => {
                 Cqe::new(0, Status::SUCCESS)
@@ -173,6 +224,45 @@ impl Connection<'_> {
             .as_bytes(),
             &[],
         )
+    }
+
+    fn stage(&self, sqe: &Sqe) -> Stage {
+        match (sqe.opcode, sqe.fctype()) {
+            (fabrics::OPCODE, fabrics::CONNECT) if self.admin => Stage::Connect,
+            (fabrics::OPCODE, fabrics::CONNECT) => Stage::IoConnect,
+            (fabrics::OPCODE, fabrics::PROPERTY_GET) => Stage::Property(sqe.cdw11.get()),
+            (fabrics::OPCODE, _) => Stage::SetProperty,
+            (admin::IDENTIFY, _) => Stage::Identify(sqe.cdw10.get() as u8),
+            (admin::GET_LOG_PAGE, _) => Stage::GetLogPage,
+            _ => Stage::SetFeatures,
+        }
+    }
+
+    /// From here on it fails, if the script wants it at this stage.
+    fn enter(&mut self, stage: Stage) {
+        if let Some((at, failure)) = self.script.failure
+            && at.is_none_or(|at| at == stage)
+        {
+            self.failure = Some(failure);
+        }
+    }
+
+    /// Sends a PDU, or what the script wants instead.
+    fn transmit(&mut self, pdu: &[u8]) -> std::io::Result<()> {
+        match self.failure {
+            None => self.stream.write_all(pdu),
+            Some(Failure::Silent) => Ok(()),
+            Some(Failure::CutOff) => {
+                self.stream.write_all(&pdu[..pdu.len() - 1])?;
+                self.stream.shutdown(Shutdown::Both)
+            }
+            Some(Failure::Slow(pause)) => pdu.iter().try_for_each(|byte| {
+                self.stream.write_all(&[*byte])?;
+                thread::sleep(pause);
+                Ok(())
+            }),
+            Some(Failure::Nonsense) => self.stream.write_all(&[0x55; 128]),
+        }
     }
 
     fn property(&self, sqe: &Sqe) -> u64 {
@@ -197,7 +287,7 @@ impl Connection<'_> {
                 let mut data = IdentifyController::new_zeroed();
                 data.cntlid = CNTLID.into();
                 data.ver = 0x0001_0400.into();
-                data.cntrltype = 1;
+                data.cntrltype = if self.script.discovery { 2 } else { 1 };
                 (data.sqes, data.cqes) = (0x66, 0x44);
                 data.nn = 1.into();
                 (data.ioccsz, data.iorcsz) = (4.into(), 1.into());
@@ -234,6 +324,6 @@ impl Connection<'_> {
         pdu.extend(length.to_le_bytes());
         pdu.extend(psh);
         pdu.extend(data);
-        self.stream.write_all(&pdu)
+        self.transmit(&pdu)
     }
 }

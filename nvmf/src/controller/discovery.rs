@@ -118,7 +118,9 @@ impl Listener {
             IpAddr::V4(_) => adrfam::IPV4,
             IpAddr::V6(_) => adrfam::IPV6,
         };
-        record.treq = treq::SECURE_CHANNEL_NOT_REQUIRED | treq::DISABLE_SQ_FLOW;
+        // Nothing about a secure channel, which the security type rules out: hosts that are told that one is not
+        // required have been seen to try it (libnvme 1.3).
+        record.treq = treq::DISABLE_SQ_FLOW;
         record.portid = self.portid.into();
         record.cntlid = CNTLID_DYNAMIC.into();
         record.asqsz = (MAX_ADMIN_QUEUE as u16).into();

@@ -12,8 +12,9 @@ use std::time::Duration;
 use memdesc::MemSink;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
+use super::dial::rounded;
 use super::error::{HostError, Loss};
 use crate::spec::fabrics::{PropertySize, property_get, property_set};
 use crate::spec::{Sqe, Status};
@@ -46,7 +47,8 @@ impl LossReport {
             if known.is_some() {
                 return false;
             }
-            tracing::warn!(controller = %at, "association lost: {loss}");
+            // Whoever needs the association says so where it matters.
+            tracing::debug!(controller = %at, "association lost: {loss}");
             *known = Some(loss);
             true
         });
@@ -72,6 +74,8 @@ pub(super) struct Admin {
     at: SocketAddr,
     /// How long a command may take that says nothing else.
     timeout: Duration,
+    /// When all commands of this handle together must be over, and since when.
+    span: Option<(Instant, Instant)>,
     requests: mpsc::Sender<Request>,
     stop: Arc<Stop>,
     losses: LossReport,
@@ -111,6 +115,7 @@ impl Admin {
         let admin = Self {
             at,
             timeout,
+            span: None,
             requests,
             stop: Arc::new(Stop(stop)),
             losses,
@@ -121,6 +126,19 @@ impl Admin {
     /// The controller's address.
     pub(super) fn at(&self) -> SocketAddr {
         self.at
+    }
+
+    /// A handle whose commands together take no longer than from `begun` to `end`.
+    pub(super) fn bounded(&self, begun: Instant, end: Instant) -> Self {
+        Self {
+            span: Some((begun, end)),
+            ..self.clone()
+        }
+    }
+
+    /// Gives the commands of a bounded handle more time.
+    pub(super) fn extend(&mut self, by: Duration) {
+        self.span = self.span.map(|(begun, end)| (begun, end + by));
     }
 
     /// How the association was lost, if it was.
@@ -158,13 +176,26 @@ impl Admin {
         within: Duration,
     ) -> Result<Completion, HostError> {
         let at = self.at;
-        let answer = timeout(within, self.submit(sqe, transfer))
+        let asked = Instant::now();
+        let mut end = asked + within;
+        let mut after = within;
+        let mut too_slow = None;
+        if let Some((begun, all)) = self.span
+            && all < end
+        {
+            end = all;
+            after = rounded(all.saturating_duration_since(asked));
+            // It is not this answer alone that takes long.
+            let whole = rounded(all - begun);
+            too_slow = (after < whole / 2).then_some(whole);
+        }
+        let late = match too_slow {
+            Some(after) => HostError::TooSlow { at, command, after },
+            None => HostError::TimedOut { at, command, after },
+        };
+        let answer = timeout_at(end, self.submit(sqe, transfer))
             .await
-            .map_err(|_| HostError::TimedOut {
-                at,
-                command,
-                after: within,
-            })?;
+            .map_err(|_| late)?;
         let completion = answer.ok_or_else(|| HostError::Lost {
             at,
             command,

@@ -30,8 +30,12 @@ const ADMIN_IN_CAPSULE_LIMIT: u32 = 8192;
 /// Largest transfer of one command with data digests, in bytes. Linux targets check one digest over
 /// all that a command writes, so it has to travel in one PDU; this much does.
 const DIGEST_TRANSFER_MAX: u64 = 128 << 10;
-/// A look at all namespaces may take this many times as long as a command.
-const SURVEY_COMMANDS: u32 = 6;
+/// A look at all namespaces may take this many times as long as connecting.
+const SURVEY_MAX: u32 = 6;
+/// Connecting so many I/O queues may take as long again as connecting the first.
+const QUEUES_AT_ONCE: u32 = 16;
+/// A look at so many namespaces may take as long again as connecting.
+const NAMESPACES_AT_ONCE: u32 = 16;
 /// Longest wait for a controller's shutdown when bringing the association up failed.
 const FAILED_SHUTDOWN: Duration = Duration::from_millis(500);
 /// Stands for the address of a controller in this process.
@@ -68,10 +72,10 @@ impl Association {
         options: &HostOptions,
     ) -> Result<Self, HostError> {
         let kato = options.check()?;
-        let end = Instant::now() + options.connect_timeout;
-        let addresses = target.resolve(end).await?;
+        let begun = Instant::now();
+        let addresses = target.resolve(begun + options.connect_timeout).await?;
         let dial = Tcp::new(registry, options);
-        Self::connect_any(&dial, &addresses, target, options, kato, end).await
+        Self::connect_any(&dial, &addresses, target, options, kato, begun).await
     }
 
     /// As [`Self::connect`], to a controller in this process. Its address is shown as 0.0.0.0:0.
@@ -85,7 +89,7 @@ impl Association {
         options: &HostOptions,
     ) -> Result<Self, HostError> {
         let kato = options.check()?;
-        let end = Instant::now() + options.connect_timeout;
+        let begun = Instant::now();
         let target = TargetAddress {
             host: "this process".to_owned(),
             port: LOCAL.port(),
@@ -95,7 +99,7 @@ impl Association {
             registry,
             connector,
         };
-        Self::connect_any(&dial, &[LOCAL], &target, options, kato, end).await
+        Self::connect_any(&dial, &[LOCAL], &target, options, kato, begun).await
     }
 
     /// Connects at the first of several addresses where that works.
@@ -105,8 +109,9 @@ impl Association {
         target: &TargetAddress,
         options: &HostOptions,
         kato: u32,
-        end: Instant,
+        begun: Instant,
     ) -> Result<Self, HostError> {
+        let end = begun + options.connect_timeout;
         let mut best: Option<HostError> = None;
         for (tried, &at) in addresses.iter().enumerate() {
             let deadline = share(Instant::now(), end, addresses.len() - tried);
@@ -118,7 +123,8 @@ impl Association {
             };
             match connect_admin(dial, parties, kato, deadline).await {
                 Ok((driven, connected)) => {
-                    return Self::bring_up(driven, connected, parties, options, kato).await;
+                    let span = (begun, end);
+                    return Self::bring_up(driven, connected, parties, options, kato, span).await;
                 }
                 Err(error) => {
                     tracing::debug!("{error}");
@@ -146,8 +152,7 @@ impl Association {
         options: &HostOptions,
     ) -> Result<Self, HostError> {
         let kato = options.check()?;
-        let end = Instant::now() + options.connect_timeout;
-        Self::connect_any(dial, addresses, target, options, kato, end).await
+        Self::connect_any(dial, addresses, target, options, kato, Instant::now()).await
     }
 
     /// What comes after the admin queue's Connect.
@@ -157,23 +162,25 @@ impl Association {
         parties: Parties<'_>,
         options: &HostOptions,
         kato: u32,
+        (begun, end): (Instant, Instant),
     ) -> Result<Self, HostError> {
         let losses = LossReport::new();
         let (admin, admin_task) =
             Admin::spawn(driven, parties.at, options.connect_timeout, losses.clone());
-        let cap = read_capabilities(&admin).await?;
-        let cc = enable(&admin, cap).await?;
+        let mut bounded = admin.bounded(begun, end);
+        let cap = read_capabilities(&bounded).await?;
+        let cc = enable(&mut bounded, cap).await?;
         // The controller's timer runs from here on, and identifying may take its time.
         let keep_alive = (kato != 0)
             .then(|| KeepAlive::start(admin.clone(), Duration::from_millis(kato.into())));
         let identified = async {
             let mut info =
-                identify_controller(&admin, parties.subnqn, cap, connected.cntlid).await?;
+                identify_controller(&bounded, parties.subnqn, cap, connected.cntlid).await?;
             if options.data_digest {
                 let most = info.max_transfer.unwrap_or(DIGEST_TRANSFER_MAX);
                 info.max_transfer = Some(most.min(DIGEST_TRANSFER_MAX));
             }
-            let granted = ask_for_queues(&admin, options.nr_io_queues).await?;
+            let granted = ask_for_queues(&bounded, options.nr_io_queues).await?;
             Ok((info, granted))
         };
         let (info, granted) = match identified.await {
@@ -257,16 +264,18 @@ impl Association {
 
     async fn survey<T>(
         &self,
-        look: impl AsyncFnOnce(&Survey<'_>) -> Result<T, HostError>,
+        look: impl AsyncFnOnce(&mut Survey<'_>) -> Result<T, HostError>,
     ) -> Result<T, HostError> {
-        let survey = Survey {
-            admin: &self.admin,
+        let (begun, within) = (Instant::now(), self.options.connect_timeout);
+        let mut survey = Survey {
+            admin: self.admin.bounded(begun, begun + within),
+            each: within / NAMESPACES_AT_ONCE,
             subnqn: &self.info.subnqn,
             hostnqn: &self.options.hostnqn,
             max_transfer: self.info.max_transfer,
         };
-        let within = self.options.connect_timeout * SURVEY_COMMANDS;
-        timeout(within, look(&survey))
+        let within = within * SURVEY_MAX;
+        timeout(within, look(&mut survey))
             .await
             .unwrap_or(Err(HostError::TimedOut {
                 at: self.info.address,
@@ -294,8 +303,10 @@ impl Association {
         dial: &impl Dial,
     ) -> Result<Vec<Box<dyn HostQueuePair>>, HostError> {
         let mut pairs = Vec::with_capacity(self.granted.into());
+        let mut deadline = Instant::now() + self.options.connect_timeout;
         for qid in 1..=self.granted {
-            pairs.push(self.open_io_queue(dial, qid).await?);
+            pairs.push(self.open_io_queue(dial, qid, deadline).await?);
+            deadline += self.options.connect_timeout / QUEUES_AT_ONCE;
         }
         Ok(pairs)
     }
@@ -315,15 +326,16 @@ impl Association {
             registry,
             connector,
         };
-        self.open_io_queue(&dial, qid).await
+        let deadline = Instant::now() + self.options.connect_timeout;
+        self.open_io_queue(&dial, qid, deadline).await
     }
 
     async fn open_io_queue(
         &self,
         dial: &impl Dial,
         qid: u16,
+        deadline: Instant,
     ) -> Result<Box<dyn HostQueuePair>, HostError> {
-        let deadline = Instant::now() + self.options.connect_timeout;
         let at = self.info.address;
         let entries = self.io_queue_entries();
         let new = NewQueue {

@@ -157,7 +157,7 @@ async fn ask(
     options: &HostOptions,
     deadline: Instant,
 ) -> Result<DiscoveryLog, HostError> {
-    let within = rounded(deadline.saturating_duration_since(Instant::now()));
+    let begun = Instant::now();
     let work = async {
         let subnqn = Nqn::discovery();
         let parties = Parties {
@@ -171,19 +171,17 @@ async fn ask(
         let (driven, _) = connected.map_err(without_subsystem)?;
         let losses = LossReport::new();
         let (admin, _) = Admin::spawn(driven, at, options.connect_timeout, losses);
+        let mut admin = admin.bounded(begun, deadline);
         let cap = read_discovery_capabilities(&admin).await?;
-        let cc = enable(&admin, cap).await?;
+        let cc = enable(&mut admin, cap).await?;
         check_type(&admin).await?;
         Ok((read_log(&admin).await?, admin, cc))
     };
-    let (log, admin, cc) =
-        timeout_at(deadline, work)
-            .await
-            .unwrap_or(Err(HostError::TimedOut {
-                at,
-                command: "the commands of discovery",
-                after: within,
-            }))?;
+    // One that takes long to become ready gets no more time here.
+    let (log, admin, cc) = timeout_at(deadline, work).await.unwrap_or_else(|_| {
+        let after = rounded(deadline.saturating_duration_since(begun));
+        Err(unusable(at, format!("it was not ready within {after:?}")))
+    })?;
     let left = deadline.saturating_duration_since(Instant::now());
     shut_down(&admin, cc, left.min(SHUTDOWN)).await;
     admin.stop();

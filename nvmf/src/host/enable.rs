@@ -77,8 +77,9 @@ fn ready_timeout(cap: Cap) -> Duration {
     Duration::from_millis(500) * u32::from(cap.to().max(1))
 }
 
-/// Enables the controller and waits until it is ready. Returns CC as it was set.
-pub(super) async fn enable(admin: &Admin, cap: Cap) -> Result<Cc, HostError> {
+/// Enables the controller and waits until it is ready. Returns CC as it was set. A bounded handle gets back
+/// the time that the controller states to need.
+pub(super) async fn enable(admin: &mut Admin, cap: Cap) -> Result<Cc, HostError> {
     let before = Cc(admin.register("Property Get of CC", offset::CC).await?);
     if before.en() {
         // A new controller is not enabled. This one was used before: start it afresh.
@@ -111,7 +112,7 @@ async fn set_cc(admin: &Admin, cc: Cc) -> Result<(), HostError> {
 }
 
 /// Reads CSTS until `reached`, for as long as CAP.TO allows.
-async fn wait(admin: &Admin, cap: Cap, reached: fn(Csts) -> bool) -> Result<(), HostError> {
+async fn wait(admin: &mut Admin, cap: Cap, reached: fn(Csts) -> bool) -> Result<(), HostError> {
     let at = admin.at();
     let after = ready_timeout(cap);
     let end = Instant::now() + after;
@@ -128,6 +129,7 @@ async fn wait(admin: &Admin, cap: Cap, reached: fn(Csts) -> bool) -> Result<(), 
             return Err(HostError::NeverReady { at, after });
         }
         sleep(pause).await;
+        admin.extend(pause);
         pause = (pause * 2).min(longest);
     }
 }

@@ -179,6 +179,16 @@ pub enum HostError {
         /// How long it was waited for.
         after: Duration,
     },
+    /// Everything together took too long.
+    #[error("the controller at {at} was not ready within {after:?}: {command} had no answer yet")]
+    TooSlow {
+        /// The address.
+        at: SocketAddr,
+        /// The command whose answer was awaited in the end.
+        command: &'static str,
+        /// How long all of it was waited for.
+        after: Duration,
+    },
     /// The association was lost under the command.
     #[error("{command} was not answered: the controller at {at} was lost: {loss}")]
     Lost {

@@ -25,8 +25,8 @@ pub struct HostOptions {
     pub hdr_digest: bool,
     /// Ask for data digests (CRC32C). A controller may decline.
     pub data_digest: bool,
-    /// How long connecting to all addresses of the target may take together, and each command after
-    /// that. Enabling may take what the controller states instead.
+    /// How long it may take from the first address to the end of identifying the controller, without the time that it states to
+    /// need for getting ready; then to find a namespace, and then to connect the first I/O queues; and each command later.
     pub connect_timeout: Duration,
 }
 

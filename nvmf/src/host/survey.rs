@@ -1,5 +1,7 @@
 //! Finds the namespaces of a controller, and the one that a selector means.
 
+use std::time::Duration;
+
 use zerocopy::FromBytes;
 use zerocopy::little_endian::U32;
 
@@ -21,7 +23,10 @@ const LISTED_MAX: usize = 8;
 
 /// A look at the namespaces that one controller offers.
 pub(super) struct Survey<'a> {
-    pub(super) admin: &'a Admin,
+    /// Bounded.
+    pub(super) admin: Admin,
+    /// More time for each namespace.
+    pub(super) each: Duration,
     pub(super) subnqn: &'a Nqn,
     pub(super) hostnqn: &'a Nqn,
     /// Bytes that one command may transfer.
@@ -30,9 +35,10 @@ pub(super) struct Survey<'a> {
 
 impl Survey<'_> {
     /// All active namespaces, by ascending NSID.
-    pub(super) async fn all(&self) -> Result<Vec<Found>, HostError> {
+    pub(super) async fn all(&mut self) -> Result<Vec<Found>, HostError> {
         let mut found = Vec::new();
         for nsid in self.active(0, NAMESPACES_MAX).await? {
+            self.admin.extend(self.each);
             found.extend(self.look(nsid).await?);
         }
         Ok(found)
@@ -40,7 +46,7 @@ impl Survey<'_> {
 
     /// The namespace that is meant.
     pub(super) async fn select(
-        &self,
+        &mut self,
         selector: &NamespaceSelector,
     ) -> Result<NamespaceInfo, HostError> {
         if let NamespaceSelector::Nsid(nsid) = *selector {

@@ -198,10 +198,7 @@ async fn each_record_has_every_field() {
         let bytes = &log[at * RECORD_LEN..][..RECORD_LEN];
         let record = DiscoveryRecord::read_from_bytes(bytes).unwrap();
         assert_eq!((record.trtype, record.adrfam, record.subtype), (3, 1, kind));
-        assert_eq!(
-            record.treq,
-            treq::SECURE_CHANNEL_NOT_REQUIRED | treq::DISABLE_SQ_FLOW
-        );
+        assert_eq!(record.treq, treq::DISABLE_SQ_FLOW);
         assert_eq!((record.portid.get(), record.cntlid.get()), (1, 0xffff));
         assert_eq!((record.asqsz.get(), record.eflags.get()), (4096, flags));
         assert_eq!(record.subnqn, field(nqn));
