@@ -468,7 +468,7 @@ fn a_flipped_bit_of_data_fails_that_command_alone_and_the_queue_goes_on() {
             link.flip = Some((0, link.passed[0] + headers + len as u64 / 2));
             assert_eq!(
                 write(&mut link),
-                Status::DATA_TRANSFER_ERROR,
+                Status::TRANSIENT_TRANSPORT,
                 "{len}, {lazy}"
             );
             assert_eq!(link.flip, None);

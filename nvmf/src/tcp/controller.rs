@@ -65,23 +65,21 @@ struct Fetch {
     /// Next byte to ask for, as an offset into the command's data.
     unasked: u32,
     end: u32,
+    /// Next byte expected: R2Ts of one command are answered in order.
+    expected: u32,
     /// Bytes that have not arrived, asked for or not.
     left: u32,
     /// No digest of it mismatched so far.
     intact: bool,
 }
 
-/// What one R2T asked for and has not come, as offsets into the command's data.
+/// What an R2T asked for, as offsets into the command's data.
 #[derive(Debug, Clone, Copy, Default)]
 struct Asked {
-    next: u32,
+    start: u32,
     end: u32,
-}
-
-impl Asked {
-    fn is_open(self) -> bool {
-        self.next < self.end
-    }
+    /// Not all of it has come.
+    open: bool,
 }
 
 /// Data queued for the host.
@@ -101,6 +99,8 @@ struct Slot {
     data_len: u32,
     in_capsule: bool,
     fetch: Option<Fetch>,
+    /// Bytes that were fetched so far, or are being fetched.
+    fetched: u32,
     /// R2Ts that are outstanding, by the lower part of their transfer tag.
     asked: [Asked; MAX_R2TS],
     /// The next R2T waits for its turn.
@@ -193,7 +193,7 @@ impl QPair<Controller> {
     }
 
     /// Begins to fetch `len` bytes of a command's data at `offset`; one fetch at a time for each
-    /// command. In-capsule data is the payload that follows the command; it is fetched as a whole.
+    /// command, and each where the one before it ended, since R2Ts have to be so. In-capsule data is the payload that follows the command; it is fetched as a whole.
     ///
     /// # Errors
     /// The status to answer with.
@@ -204,12 +204,14 @@ impl QPair<Controller> {
         let slot = slot.ok_or(FetchError(Status::INTERNAL_ERROR))?;
         let end = offset.checked_add(len).filter(|&end| end <= slot.data_len);
         let end = end.ok_or(FetchError(Status::DATA_SGL_LENGTH_INVALID))?;
-        if slot.in_capsule || slot.fetch.is_some() || len == 0 {
+        if slot.in_capsule || slot.fetch.is_some() || len == 0 || offset != slot.fetched {
             return Err(FetchError(Status::INTERNAL_ERROR));
         }
+        slot.fetched = end;
         slot.fetch = Some(Fetch {
             unasked: offset,
             end,
+            expected: offset,
             left: len,
             intact: true,
         });
@@ -315,7 +317,7 @@ impl Controller {
             }
             self.cids = cids;
         }
-        let waiting = |slot: &Slot| slot.asked.iter().any(|asked| asked.is_open());
+        let waiting = |slot: &Slot| slot.asked.iter().any(|asked| asked.open);
         if !self.slots.iter().any(waiting) {
             // Every transfer tag fits its 16 bits.
             let fit = 65536 / self.slots.len().max(1);
@@ -364,6 +366,7 @@ impl Controller {
         let fetch = in_capsule.then_some(Fetch {
             unasked: data_len,
             end: data_len,
+            expected: data_len,
             left: data_len,
             intact: true,
         });
@@ -401,7 +404,7 @@ impl Controller {
         let index = data.ttag / self.r2ts;
         let which = usize::from(data.ttag % self.r2ts);
         let slot = self.slots.get_mut(usize::from(index));
-        let Some(slot) = slot.filter(|slot| slot.busy && slot.asked[which].is_open()) else {
+        let Some(slot) = slot.filter(|slot| slot.busy && slot.asked[which].open) else {
             return Err(FatalError::field(
                 offset::TTAG,
                 "data for a transfer tag that is not open",
@@ -413,6 +416,10 @@ impl Controller {
         }
         data.check_length()?;
         let asked = &mut slot.asked[which];
+        let Some(fetch) = &mut slot.fetch else {
+            // Not so while a tag is open.
+            return Err(FatalError::other(Fes::SEQUENCE_ERROR, "unexpected data"));
+        };
         if data.length > limits.max_h2c_data {
             return Err(FatalError::other(
                 Fes::LIMIT_EXCEEDED,
@@ -422,19 +429,20 @@ impl Controller {
         let end = data
             .offset
             .checked_add(data.length)
-            .filter(|&end| end <= asked.end);
+            .filter(|&end| data.offset >= asked.start && end <= asked.end);
         let end = end.ok_or(FatalError::other(
             Fes::DATA_OUT_OF_RANGE,
             "data beyond the range that was asked for",
         ))?;
-        if data.offset != asked.next {
+        if data.offset != fetch.expected {
             return Err(FatalError::other(Fes::SEQUENCE_ERROR, "data out of order"));
         }
         if data.last != (end == asked.end) {
             let what = "LAST_PDU is not set on exactly the final data";
             return Err(FatalError::other(Fes::SEQUENCE_ERROR, what));
         }
-        asked.next = end;
+        fetch.expected = end;
+        asked.open = !data.last;
         self.receiving = Some((index, data.length));
         let wanted = !slot.answered;
         Ok(Window {
@@ -449,7 +457,7 @@ impl Controller {
     fn queue_r2t(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
         let usable = &slot.asked[..usize::from(self.r2ts)];
-        let free = usable.iter().any(|asked| !asked.is_open());
+        let free = usable.iter().any(|asked| !asked.open);
         let unasked = slot.fetch.is_some_and(|fetch| fetch.unasked < fetch.end);
         if free && unasked && !slot.r2t_queued {
             slot.r2t_queued = true;
@@ -467,14 +475,15 @@ impl Controller {
             .as_mut()
             .filter(|fetch| fetch.unasked < fetch.end)?;
         let usable = &mut slot.asked[..usize::from(r2ts)];
-        let which = usable.iter().position(|asked| !asked.is_open())?;
+        let which = usable.iter().position(|asked| !asked.open)?;
         let rest = fetch.end - fetch.unasked;
         let length = if r2ts > 1 { rest.min(R2T_LEN) } else { rest };
         let offset = fetch.unasked;
         fetch.unasked += length;
         usable[which] = Asked {
-            next: offset,
+            start: offset,
             end: fetch.unasked,
+            open: true,
         };
         let cccid = slot.cid;
         // Behind what other commands ask for.

@@ -8,6 +8,9 @@ use super::limits::Limits;
 use super::outgoing::MAX_HEADER_LEN;
 use super::pdu::{self, COMMON_LEN, CommonHeader, Pdu, Receiver, Shape};
 
+/// Most of an offending header that a termination request carries, in bytes.
+const MAX_ECHOED: usize = 128;
+
 /// Where in the stream the framer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -80,6 +83,16 @@ impl Framer {
         &self.header[..self.have.min(self.hlen)]
     }
 
+    /// Takes what is there of the rest of a header whose common part is an offence, to be reported with
+    /// it.
+    fn take_offending(&mut self, common: &CommonHeader, rest: &[u8]) {
+        let hlen = usize::from(common.hlen).clamp(COMMON_LEN, MAX_ECHOED);
+        let take = (hlen - COMMON_LEN).min(rest.len());
+        self.header[COMMON_LEN..COMMON_LEN + take].copy_from_slice(&rest[..take]);
+        self.have = COMMON_LEN + take;
+        self.hlen = self.have;
+    }
+
     /// Takes bytes, never more than belong to the current header and its padding; returns how many.
     pub(crate) fn feed(
         &mut self,
@@ -104,12 +117,16 @@ impl Framer {
                         let Ok((common, _)) = CommonHeader::read_from_prefix(&self.header) else {
                             return Ok((used, Framed::Garbage));
                         };
-                        match pdu::check_common(&common, receiver, limits)? {
-                            Some(shape) => {
+                        match pdu::check_common(&common, receiver, limits) {
+                            Ok(Some(shape)) => {
                                 self.hlen = shape.hlen;
                                 self.state = State::Header(Some(shape));
                             }
-                            None => return Ok((used, Framed::Garbage)),
+                            Ok(None) => return Ok((used, Framed::Garbage)),
+                            Err(error) => {
+                                self.take_offending(&common, &bytes[used..]);
+                                return Err(error);
+                            }
                         }
                         continue;
                     };

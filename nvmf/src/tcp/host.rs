@@ -371,15 +371,16 @@ impl Host {
     }
 
     fn data_in(&mut self, data: Data) -> Result<Window, FatalError> {
-        let index = self
-            .find(data.cccid)
-            .filter(|&index| self.slots[usize::from(index)].direction == Direction::In)
-            .ok_or(FatalError::field(
-                offset::CCCID,
-                "data for a command that expects none",
-            ))?;
+        let index = self.find(data.cccid).ok_or(FatalError::field(
+            offset::CCCID,
+            "data for a command that is not outstanding",
+        ))?;
         data.check_length()?;
         let slot = &mut self.slots[usize::from(index)];
+        if slot.direction != Direction::In {
+            let what = "data for a command that expects none";
+            return Err(FatalError::other(Fes::SEQUENCE_ERROR, what));
+        }
         let end = data
             .offset
             .checked_add(data.length)

@@ -242,11 +242,8 @@ pub fn agree(resp: &[u8; IC_LEN], asked: Digests) -> Result<Negotiated, FatalErr
 pub fn agree_with(resp: &[u8; IC_LEN], ours: &Offer) -> Result<Negotiated, FatalError> {
     let pdu = check(resp, pdu_type::IC_RESP)?;
     if pdu.digests & !ours.digests.to_wire() != 0 {
-        return Err(FatalError {
-            fes: Fes::UNSUPPORTED_PARAMETER,
-            fei: 11,
-            what: "a digest was enabled that was not asked for",
-        });
+        let what = "a digest was enabled that was not asked for";
+        return Err(FatalError::field(11, what));
     }
     let max_h2c_data = pdu.limit.get();
     if max_h2c_data < 4096 || !max_h2c_data.is_multiple_of(4) {
@@ -350,12 +347,27 @@ mod tests {
             let (_, mut resp) = answer(&ic_req(NONE)).unwrap();
             resp[11] = granted;
             let error = agree(&resp, asked).unwrap_err();
-            assert_eq!((error.fes.0, error.fei), (6, 11), "{asked:?}, {granted}");
+            assert_eq!((error.fes.0, error.fei), (1, 11), "{asked:?}, {granted}");
         }
         let (_, mut tiny) = answer(&ic_req(NONE)).unwrap();
         tiny[12..16].copy_from_slice(&4092u32.to_le_bytes());
         let error = agree(&tiny, NONE).unwrap_err();
         assert_eq!((error.fes.0, error.fei), (1, 12));
+    }
+
+    #[test]
+    fn a_refused_ic_pdu_is_echoed_as_a_whole() {
+        let mut req = ic_req(BOTH);
+        req[10] = 77;
+        let error = answer(&req).unwrap_err();
+        for (host, kind) in [(true, 0x02), (false, 0x03)] {
+            let term = refuse(error, &req, host);
+            assert_eq!((term[0], &term[4..8]), (kind, &152u32.to_le_bytes()[..]));
+            assert_eq!(
+                (&term[8..14], &term[24..]),
+                (&[1, 0, 10, 0, 0, 0][..], &req[..])
+            );
+        }
     }
 
     #[test]

@@ -279,8 +279,8 @@ pub trait ControllerQueuePair: QueuePair {
     fn event(&mut self) -> Option<ControllerEvent>;
 
     /// Fetches host data `offset..offset + sink.len()` of a command into `sink`;
-    /// [`ControllerEvent::Fetched`] follows. May be called several times with different ranges,
-    /// one after the other.
+    /// [`ControllerEvent::Fetched`] follows. May be called several times: the next range begins where
+    /// the one before it ended, and is fetched after it.
     ///
     /// # Errors
     /// The sink comes back with the status to answer, when the range is not inside the command's

@@ -314,17 +314,30 @@ fn flipped_data_of_a_write_fails_that_fetch_alone() {
     for at in [28, 4123, 4124, 4128 + 28, 4128 + 28 + 903, 4128 + 28 + 904] {
         let (mut host, mut controller, slot, _, mut data) = soliciting();
         assert_eq!(data.len(), 28 + 4096 + 4 + 28 + 904 + 4);
-        let whole = data.clone();
         data[at] ^= 0x80;
         let mut seen = Vec::new();
         take(&mut controller, &data, &mut seen);
         let intact = false;
         assert_eq!(seen, [ControllerEvent::Fetched { slot, intact }], "{at}");
-        // The transfer tag is free again: the same command may be asked once more.
+        controller.respond(slot, Cqe::new(0, Status::TRANSIENT_TRANSPORT));
+        let response = sent(&mut controller, |_| Vec::new());
+        give(&mut host, &response);
+        assert_eq!(statuses(&mut host), [Status::TRANSIENT_TRANSPORT]);
+        // The tag is free again, and the queue goes on.
+        host.submit(Sqe::write(1, 0, 1, false), Direction::Out, 5000)
+            .unwrap();
+        let stream = sent(&mut host, |_| Vec::new());
+        seen.clear();
+        take(&mut controller, &stream, &mut seen);
+        let [ControllerEvent::Command { slot, .. }] = seen[..] else {
+            panic!("{seen:?}")
+        };
         controller.fetch(slot, 0, 5000).unwrap();
         let r2t = sent(&mut controller, |_| Vec::new());
+        give(&mut host, &r2t);
+        let data = sent(&mut host, |_| pattern(5000));
         seen.clear();
-        take(&mut controller, &whole, &mut seen);
+        take(&mut controller, &data, &mut seen);
         let intact = true;
         assert_eq!(seen, [ControllerEvent::Fetched { slot, intact }]);
         controller.respond(slot, Cqe::default());

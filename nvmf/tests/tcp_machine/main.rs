@@ -166,6 +166,25 @@ fn offence<R: Role>(machine: &mut QPair<R>, stream: &[u8]) -> (u16, u32) {
 }
 
 #[test]
+fn a_termination_request_carries_the_offending_header_and_128_bytes_of_it_at_most() {
+    for (hlen, sent, carried) in [
+        (0, 8, 8),
+        (72, 8, 8),
+        (72, 72, 72),
+        (72, 99, 72),
+        (255, 255, 128),
+    ] {
+        let mut bytes = header(0x08, 0, hlen, 0, 0);
+        bytes.resize(sent, 0x5a);
+        let mut host = host();
+        feed(&mut host, &bytes, sent, |_| (), |_, _, _| ()).unwrap_err();
+        let term = host.transmit().unwrap();
+        assert_eq!(term.header()[24..], bytes[..carried]);
+        assert_eq!(term.header()[4..8], (24 + carried as u32).to_le_bytes());
+    }
+}
+
+#[test]
 fn offences_in_the_common_header_are_reported_lowest_first() {
     // What a controller receives.
     for (bytes, expected) in [
@@ -256,7 +275,8 @@ fn a_host_checks_r2t_against_the_command_it_is_for() {
         (r2t(0, 5001), (4, 0)),
         ([r2t(0, 10), r2t(10, 10), r2t(20, 10)].concat(), (5, 0)),
         ([r2t(0, 10), r2t(0, 10)].concat(), (2, 0)),
-        (data_pdu(0x07, 4, cid, 0, 0, 100), (1, 8)),
+        (data_pdu(0x07, 4, cid, 0, 0, 100), (2, 0)),
+        (data_pdu(0x07, 4, cid ^ 0x100, 0, 0, 100), (1, 8)),
     ] {
         assert_eq!(offence(&mut write().0, &bytes), expected, "{bytes:02x?}");
     }

@@ -171,31 +171,82 @@ fn commands_take_turns_to_ask() {
 }
 
 #[test]
-fn r2ts_of_one_command_may_be_answered_in_turns_and_each_keeps_to_its_range() {
-    let (mut controller, _) = fetching(2, &[512 * KIB]);
-    let first = asked(&controller.transmit().unwrap());
-    let second = asked(&controller.transmit().unwrap());
-    let half = |(cid, ttag, offset, len): (u16, u16, u32, u32), which: u32| {
-        (cid, ttag, offset + which * len / 2, len / 2)
+fn r2ts_of_one_command_have_to_be_answered_in_order_and_each_within_its_range() {
+    let both = || {
+        let (mut controller, _) = fetching(2, &[512 * KIB]);
+        let mut r2t = || asked(&controller.transmit().unwrap());
+        let (first, second) = (r2t(), r2t());
+        (controller, first, second)
     };
-    let mut stored = vec![0; 512 * 1024];
-    for (r2t, which) in [(second, 0), (first, 0), (second, 1), (first, 1)] {
-        assert_eq!(controller.event(), None);
-        let stream = h2c_data(half(r2t, which), which == 1);
+    let part = |(cid, ttag, ..): (u16, u16, u32, u32), offset, last: bool| {
+        data_pdu(0x06, if last { 4 } else { 0 }, cid, ttag, offset, 4096)
+    };
+    let (_, first, second) = both();
+    for (stream, expected) in [
+        // The second before the first.
+        (part(second, second.2, false), (2, 0)),
+        (part(second, 0, false), (4, 0)),
+        // The range of the second under the tag of the first.
+        (part(first, second.2, false), (4, 0)),
+        (part(first, second.2 - 2048, false), (4, 0)),
+        // In turns.
+        (
+            [part(first, 0, false), part(second, second.2, false)].concat(),
+            (2, 0),
+        ),
+        (
+            [part(first, 0, false), part(second, 4096, false)].concat(),
+            (4, 0),
+        ),
+        // The end of one is not the end of the command's data, but its flag is due.
+        (part(first, 0, true), (2, 0)),
+    ] {
+        let (mut controller, ..) = both();
+        assert_eq!(offence(&mut controller, &stream), expected);
+    }
+    let (mut controller, first, second) = both();
+    for r2t in [first, second] {
+        let stream = h2c_data(r2t, true);
+        feed(&mut controller, &stream, 9999, |_| (), |_, _, _| ()).unwrap();
+    }
+    assert!(controller.event().is_some());
+}
+
+#[test]
+fn fetches_follow_each_other() {
+    let (mut controller, _) = fetching(2, &[]);
+    let mut host = host();
+    let sqe = Sqe::write(1, 0, 1, false);
+    host.submit(sqe, Direction::Out, 9000).unwrap();
+    let stream = sent(&mut host, |_| Vec::new());
+    feed(&mut controller, &stream, 72, |_| (), |_, _, _| ()).unwrap();
+    let Some(ControllerEvent::Command { slot, .. }) = controller.event() else {
+        panic!()
+    };
+    assert!(controller.fetch(slot, 1, 100).is_err());
+    let (mut at, mut stored) = (0, vec![0; 9000]);
+    for len in [1000, 3000, 5000] {
+        controller.fetch(slot, at, len).unwrap();
+        assert!(
+            controller.fetch(slot, at + len, 1).is_err(),
+            "one at a time"
+        );
+        let r2t = sent(&mut controller, |_| Vec::new());
+        feed(&mut host, &r2t, 24, |_| (), |_, _, _| ()).unwrap();
+        let data = sent(&mut host, |_| pattern(9000));
         let store = |_, at: u32, bytes: &[u8]| {
             stored[at as usize..][..bytes.len()].copy_from_slice(bytes);
         };
-        feed(&mut controller, &stream, 7777, |_| (), store).unwrap();
+        feed(&mut controller, &data, 77, |_| (), store).unwrap();
+        assert!(matches!(
+            controller.event(),
+            Some(ControllerEvent::Fetched { intact: true, .. })
+        ));
+        assert!(controller.fetch(slot, at, len).is_err(), "not again");
+        at += len;
     }
-    assert!(stored == pattern(stored.len()));
-    assert!(controller.event().is_some());
-
-    let (mut controller, _) = fetching(2, &[512 * KIB]);
-    while controller.transmit().is_some() {}
-    // The range of the second, under the tag of the first.
-    let (cid, ttag, ..) = first;
-    let stray = data_pdu(0x06, 0, cid, ttag, second.2, 1000);
-    assert_eq!(offence(&mut controller, &stray), (4, 0));
+    assert!(stored == pattern(9000));
+    assert!(controller.fetch(slot, 9000, 1).is_err());
 }
 
 #[test]
@@ -298,6 +349,46 @@ fn a_command_that_is_answered_before_it_asked_asks_for_nothing() {
         controller.event(),
         Some(ControllerEvent::Fetched { slot: 1, .. })
     ));
+}
+
+#[test]
+fn data_for_a_host_is_split_in_turns_and_only_the_final_piece_says_so() {
+    let (mut host, mut controller) = (host(), QPair::controller(QUEUE_SIZE, false, limits()));
+    let mut cids = Vec::new();
+    for slot in 0..2 {
+        let len = 300 * KIB;
+        let (_, cid) = host.submit(Sqe::read(1, 0, 1), Direction::In, len).unwrap();
+        cids.push(cid);
+        let stream = sent(&mut host, |_| Vec::new());
+        feed(&mut controller, &stream, 72, |_| (), |_, _, _| ()).unwrap();
+        assert!(controller.event().is_some());
+        controller.send(slot, 0, len, true).unwrap();
+        controller.respond(slot, Cqe::default());
+    }
+    let mut seen = Vec::new();
+    while let Some(pdu) = controller.transmit() {
+        let (cid, _, offset, len) = says(pdu.header());
+        let flags = pdu.header()[1];
+        seen.push((cid, offset / KIB, len / KIB, flags));
+        let bytes = crate::stepping::on_the_wire(&pdu, |_| pattern(300 * 1024));
+        feed(&mut host, &bytes, 9999, |_| (), |_, _, _| ()).unwrap();
+        controller.transmitted(pdu.payload.unwrap());
+    }
+    let [a, b] = cids[..] else { panic!() };
+    assert_eq!(
+        seen,
+        [
+            (a, 0, 128, 0),
+            (b, 0, 128, 0),
+            (a, 128, 128, 0),
+            (b, 128, 128, 0),
+            (a, 256, 44, 12),
+            (b, 256, 44, 12),
+        ]
+    );
+    for _ in 0..2 {
+        assert!(host.completed().unwrap().cqe.status().is_success());
+    }
 }
 
 #[test]

@@ -84,7 +84,7 @@ impl TcpController {
             let result = if intact {
                 Ok(())
             } else {
-                Err(Status::DATA_TRANSFER_ERROR)
+                Err(Status::TRANSIENT_TRANSPORT)
             };
             return Some(fetched(tag, sink, result));
         }
@@ -175,7 +175,7 @@ impl Memories {
             Some(InCapsule::Arrived(bytes)) => bytes,
             kept => {
                 let status = match kept {
-                    Some(InCapsule::Corrupt) => Status::DATA_TRANSFER_ERROR,
+                    Some(InCapsule::Corrupt) => Status::TRANSIENT_TRANSPORT,
                     _ => Status::INTERNAL_ERROR,
                 };
                 self.done.push_back(fetched(tag, sink, Err(status)));

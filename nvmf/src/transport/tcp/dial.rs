@@ -10,6 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
+use super::parting::part;
 use super::{Connection, Digests};
 use crate::tcp::FatalError;
 use crate::tcp::negotiate::{self, IC_LEN};
@@ -64,7 +65,7 @@ pub async fn connect(
                 stream: stream.into_std()?,
                 negotiated,
             }),
-            Err(error) => Err(refuse(&mut stream, error, &resp, true).await),
+            Err(error) => Err(refuse(stream, error, &resp, true)),
         }
     })
     .await
@@ -86,7 +87,7 @@ pub async fn accept(mut stream: TcpStream, deadline: Instant) -> Result<Connecti
                     negotiated,
                 })
             }
-            Err(error) => Err(refuse(&mut stream, error, &req, false).await),
+            Err(error) => Err(refuse(stream, error, &req, false)),
         }
     })
     .await
@@ -102,12 +103,12 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
 /// See [`Connection::set_patience`].
 pub(super) fn set_patience(stream: &impl AsFd, patience: Duration) -> io::Result<()> {
     let socket = SockRef::from(stream);
-    // The system counts in seconds. The first probe goes out half-way, so that some are lost before
-    // the peer is given up.
+    // The system counts in seconds. Probes begin when the patience is over, so that NVMe's own
+    // keep-alive finds out first; where there is none, the peer is given up with the second.
     let second = Duration::from_secs(1);
     let keepalive = TcpKeepalive::new()
-        .with_time((patience / 2).max(second))
-        .with_interval((patience / 8).max(second));
+        .with_time(patience.max(second))
+        .with_interval((patience / 4).max(second));
     socket.set_tcp_keepalive(&keepalive)?;
     socket.set_tcp_user_timeout(Some(patience.max(second)))
 }
@@ -151,16 +152,15 @@ fn cut_short(bytes: &[u8]) -> ConnectError {
     }
 }
 
-async fn refuse(
-    stream: &mut TcpStream,
+fn refuse(
+    stream: TcpStream,
     error: FatalError,
     offending: &[u8; IC_LEN],
     host: bool,
 ) -> ConnectError {
-    // Best effort: the peer may be gone already, and the error is the same either way.
-    let _ = stream
-        .write_all(&negotiate::refuse(error, offending, host))
-        .await;
-    let _ = stream.shutdown().await;
+    // The peer may be gone already, and the error is the same either way.
+    if let Ok(stream) = stream.into_std() {
+        part(&stream, negotiate::refuse(error, offending, host));
+    }
     ConnectError::Protocol(error.to_string())
 }

@@ -29,8 +29,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Takes the peer for dead when it acknowledges nothing for this long (a second at least):
-    /// neither data, nor probes where there is no data.
+    /// Takes the peer for dead when it does not acknowledge data for this long (a second at least), or,
+    /// while there is none, does not answer a probe after that.
     ///
     /// # Errors
     /// The operating system's.
