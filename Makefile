@@ -2,6 +2,8 @@
 
 CARGO ?= cargo
 ROUNDS ?= 10
+# Both ends of NVMe/TCP in virtual time, with faults: the feature is in no other build.
+SIMULATION = -p nvmf --features sim --lib --test simulation
 # The guest tests use the release build of the daemon, or the one that VHOST_NVMF_BIN names.
 GUEST_TESTS = $(CARGO) test -p guest-tests --test linux_guest -- --nocapture --test-threads=1
 
@@ -21,6 +23,7 @@ boot:
 test:
 	qemu-scripts/install-packages build guest
 	$(CARGO) test --workspace --exclude guest-tests --no-fail-fast
+	$(CARGO) test $(SIMULATION)
 	$(CARGO) test -p guest-tests --lib --bins
 	$(MAKE) --no-print-directory guest-test
 
@@ -35,6 +38,7 @@ soak:
 	set -e; for round in $$(seq $(ROUNDS)); do \
 		echo "== round $$round of $(ROUNDS)"; \
 		PROPTEST_CASES=2000 $(CARGO) test --release --workspace --exclude guest-tests; \
+		SIM_FIRST=$${round}00000 SIM_SEEDS=100000 $(CARGO) test --release $(SIMULATION); \
 	done
 	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
 	VHOST_NVMF_ROUNDS=$(ROUNDS) $(GUEST_TESTS)

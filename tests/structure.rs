@@ -88,6 +88,11 @@ const FORBIDDEN: &[Edge] = &[
             "uuid",
         ],
     },
+    // Its time is virtual, and its network is memory.
+    Edge {
+        from: "nvmf/src/sim/",
+        to: &["rand", "std::net", "std::thread", "std::time", "tokio"],
+    },
     Edge {
         from: "nvmf/src/host/",
         to: &["crate::tcp", "crate::controller", "crate::backend"],
@@ -540,6 +545,19 @@ fn the_manifests_keep_to_the_structure() {
     }
     let check = |(file, text): &(String, String)| check_manifest(file, text);
     none(manifests.iter().flat_map(check).collect());
+}
+
+#[test]
+fn the_simulation_is_in_no_ordinary_build() {
+    for (file, text) in files("Cargo.toml") {
+        let mut lines = text.lines();
+        let on =
+            lines.find(|line| line.contains("\"sim\"") && !line.starts_with("required-features"));
+        assert_eq!(on, None, "{file} turns the simulation on");
+        if file == "nvmf/Cargo.toml" {
+            assert!(text.contains("\nsim = []\n") && !text.contains("\ndefault ="));
+        }
+    }
 }
 
 #[test]

@@ -164,7 +164,7 @@ impl Framer {
         let mut received = [0; DIGEST_LEN];
         received.copy_from_slice(&rest[..DIGEST_LEN]);
         let received = u32::from_le_bytes(received);
-        if crc32c(0, header) == received {
+        if crc32c(0, header) == received || mutated!(DigestIgnored) {
             return Ok(());
         }
         Err(FatalError {

@@ -273,7 +273,8 @@ impl QPair<Host> {
                 Direction::In => true,
                 Direction::Out => !admin && slot.sqe.opcode == nvm::WRITE,
                 Direction::None => false,
-            };
+            }
+            && !mutated!(ShortTransferAccepted);
         if cqe.status().is_success() && slot.corrupt {
             cqe.status = Status::TRANSIENT_TRANSPORT.to_wire().into();
         } else if cqe.status().is_success() && short {
@@ -345,7 +346,8 @@ impl Host {
     /// refers to.
     fn retire_if_done(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
-        if slot.tx_pending > 0 || (slot.cqe.is_none() && !slot.abandoned) {
+        let referred_to = slot.tx_pending > 0 && !mutated!(RetiredOnCqeAlone);
+        if referred_to || (slot.cqe.is_none() && !slot.abandoned) {
             return;
         }
         if slot.reported {
@@ -442,7 +444,7 @@ impl Host {
         let end = r2t
             .offset
             .checked_add(r2t.length)
-            .filter(|&end| end <= slot.len);
+            .filter(|&end| end <= slot.len || mutated!(R2tRangeUnchecked));
         slot.moved = end.ok_or(FatalError::other(
             Fes::DATA_OUT_OF_RANGE,
             "R2T beyond the end of the command's data",

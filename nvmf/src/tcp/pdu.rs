@@ -300,6 +300,15 @@ fn check_term_req(header: &CommonHeader) -> Option<Shape> {
     })
 }
 
+/// The bits of LAST_PDU and SUCCESS.
+fn last_and_success() -> (u8, u8) {
+    if mutated!(LastAndSuccessSwapped) {
+        (flag::SUCCESS, flag::LAST_PDU)
+    } else {
+        (flag::LAST_PDU, flag::SUCCESS)
+    }
+}
+
 /// Types a complete header whose common part was checked.
 pub(crate) fn parse(header: &[u8], shape: Shape) -> Result<Pdu, FatalError> {
     let short = FatalError::field(offset::HLEN, "wrong header length");
@@ -326,14 +335,15 @@ pub(crate) fn parse(header: &[u8], shape: Shape) -> Result<Pdu, FatalError> {
         }
         kind => {
             let (data, _) = DataHeader::ref_from_prefix(header).map_err(|_| short)?;
+            let (last, success) = last_and_success();
             let parsed = Data {
                 cccid: data.cccid.get(),
                 ttag: data.ttag.get(),
                 offset: data.offset.get(),
                 length: data.length.get(),
                 carried: shape.data_len,
-                last: common.flags & flag::LAST_PDU != 0,
-                success: common.flags & flag::SUCCESS != 0,
+                last: common.flags & last != 0,
+                success: common.flags & success != 0,
             };
             if kind == pdu_type::R2T {
                 return Ok(Pdu::R2t(parsed));
@@ -408,9 +418,10 @@ pub(crate) fn data(pdu_type: u8, data: Data, limits: &Limits) -> TxPdu {
     let hlen = size_of::<DataHeader>();
     let digests = limits.digests;
     let pdo = data_offset(hlen, limits);
+    let (last, success) = last_and_success();
     let flags = digest_flags(digests, data.length)
-        | if data.last { flag::LAST_PDU } else { 0 }
-        | if data.success { flag::SUCCESS } else { 0 };
+        | if data.last { last } else { 0 }
+        | if data.success { success } else { 0 };
     let plen = pdo + data.length as usize + digests.data_len(data.length);
     let common = common(pdu_type, flags, hlen, pdo, plen);
     TxPdu::new(data_header(common, data).as_bytes(), pdo, digests)

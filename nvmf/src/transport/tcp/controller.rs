@@ -10,6 +10,7 @@ use super::super::{
     QueuePair, QueueParams, Ready,
 };
 use super::Connection;
+use super::socket::Socket;
 use super::stream::{Memory, Stream, Target, is_large};
 use crate::spec::{Cqe, Status};
 use crate::tcp::{self, Answered, Controller, FetchError, QPair, SendError, TxPayload};
@@ -57,12 +58,12 @@ pub(super) struct TcpController {
 }
 
 impl TcpController {
-    pub(super) fn new(params: QueueParams<Connection>) -> Self {
+    pub(super) fn new<S: Into<Socket>>(params: QueueParams<Connection<S>>) -> Self {
         let negotiated = &params.connection.negotiated;
         let limits = negotiated.limits(params.in_capsule_limit, params.admin);
         let machine = QPair::controller(params.queue_size, params.sq_flow_control, limits);
         let mut pair = Self {
-            stream: Stream::new(params.connection.stream, machine),
+            stream: Stream::new(params.connection.stream.into(), machine),
             memory: Memories {
                 slots: Vec::new(),
                 large_expected: 0,

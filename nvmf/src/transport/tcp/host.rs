@@ -8,6 +8,7 @@ use super::super::{
     Ready, Rejected, RejectedReason, Transfer,
 };
 use super::Connection;
+use super::socket::Socket;
 use super::stream::{Memory, Stream, Target, is_large};
 use crate::spec::Sqe;
 use crate::tcp::{Direction, Host, QPair, TxPayload};
@@ -32,14 +33,14 @@ pub(super) struct TcpHost {
 }
 
 impl TcpHost {
-    pub(super) fn new(params: QueueParams<Connection>) -> Self {
+    pub(super) fn new<S: Into<Socket>>(params: QueueParams<Connection<S>>) -> Self {
         let negotiated = &params.connection.negotiated;
         let limits = negotiated.limits(params.in_capsule_limit, params.admin);
         let machine = QPair::host(params.queue_size, limits);
         let mut slots = Vec::new();
         slots.resize_with(machine.room(), Attached::default);
         Self {
-            stream: Stream::new(params.connection.stream, machine),
+            stream: Stream::new(params.connection.stream.into(), machine),
             memory: Memories {
                 slots,
                 large_expected: 0,

@@ -5,6 +5,7 @@ mod copies;
 mod dial;
 mod host;
 mod parting;
+mod socket;
 mod stream;
 mod syscall;
 
@@ -21,9 +22,9 @@ pub use dial::{ConnectError, accept, connect};
 
 /// A TCP connection on which ICReq and ICResp were exchanged.
 #[derive(Debug)]
-pub struct Connection {
+pub struct Connection<S = TcpStream> {
     /// The socket, non-blocking.
-    pub stream: TcpStream,
+    pub stream: S,
     /// What was agreed.
     pub negotiated: Negotiated,
 }
@@ -63,16 +64,32 @@ impl Transport for Tcp {
     }
 
     fn open_host(&self, params: Box<QueueParams>) -> Opening<dyn HostQueuePair> {
-        match params.over() {
+        match params.over::<Connection>() {
             Ok(params) => Opening::Opened(Box::new(host::TcpHost::new(params))),
             Err(params) => Opening::Declined(params),
         }
     }
 
     fn open_controller(&self, params: Box<QueueParams>) -> Opening<dyn ControllerQueuePair> {
-        match params.over() {
+        match params.over::<Connection>() {
             Ok(params) => Opening::Opened(Box::new(controller::TcpController::new(params))),
             Err(params) => Opening::Declined(params),
         }
     }
+}
+
+/// A host's queue pair over one end of a simulated pipe.
+#[cfg(feature = "sim")]
+pub(crate) fn simulated_host(
+    params: QueueParams<Connection<crate::sim::PipeEnd>>,
+) -> Box<dyn HostQueuePair> {
+    Box::new(host::TcpHost::new(params))
+}
+
+/// A controller's queue pair over one end of a simulated pipe.
+#[cfg(feature = "sim")]
+pub(crate) fn simulated_controller(
+    params: QueueParams<Connection<crate::sim::PipeEnd>>,
+) -> Box<dyn ControllerQueuePair> {
+    Box::new(controller::TcpController::new(params))
 }

@@ -4,14 +4,13 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
-use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use memdesc::{MemSink, MemSource};
 
 use super::super::{Counters, Ending, Interest, Ready};
 use super::copies::{Copies, PrivateCopy};
-use super::parting::part;
+use super::socket::Socket;
 use super::syscall::{MAX_VECTORS, Storage};
 use crate::tcp::{DIGEST_LEN, Digests, FatalError, QPair, Role, TxPayload, TxPdu, Want, crc32c};
 
@@ -60,7 +59,7 @@ pub(super) fn is_large(len: usize) -> bool {
 
 /// A socket, its machine, and what is between them.
 pub(super) struct Stream<R> {
-    socket: TcpStream,
+    socket: Socket,
     pub(super) machine: QPair<R>,
     staging: Option<Box<[u8; STAGING_LEN]>>,
     start: usize,
@@ -93,7 +92,7 @@ enum Pump {
 }
 
 impl<R: Role> Stream<R> {
-    pub(super) fn new(socket: TcpStream, machine: QPair<R>) -> Self {
+    pub(super) fn new(socket: Socket, machine: QPair<R>) -> Self {
         let digests = machine.limits().digests;
         Self {
             socket,
@@ -122,7 +121,7 @@ impl<R: Role> Stream<R> {
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.socket.fd()
     }
 
     pub(super) fn ending(&self) -> Option<&Ending> {
@@ -143,7 +142,7 @@ impl<R: Role> Stream<R> {
         if self.ending.is_none() {
             self.stop(cause);
             // The peer learns at once; an error means that it knows already.
-            let _ = self.socket.shutdown(Shutdown::Both);
+            let _ = self.socket.shutdown();
         }
     }
 
@@ -290,7 +289,7 @@ impl<R: Role> Stream<R> {
             scatter.bytes(&mut staging[..staged_max]);
         }
         let asked = scatter.len();
-        let result = scatter.receive(self.socket.as_fd());
+        let result = self.socket.receive(scatter);
         self.staging = Some(staging);
         self.counters.receives += 1;
         match result {
@@ -351,7 +350,7 @@ impl<R: Role> Stream<R> {
     fn fault(&mut self, memory: &impl Memory, error: FatalError) -> Pump {
         let last_words = self.last_words(memory);
         self.stop(Ending::Protocol(error));
-        part(&self.socket, last_words);
+        self.socket.part(last_words);
         Pump::Drained
     }
 
@@ -472,7 +471,7 @@ impl<R: Role> Stream<R> {
         }
         let gathered = gather.len();
         self.counters.sends += 1;
-        let mut sent = match gather.send(self.socket.as_fd()) {
+        let mut sent = match self.socket.send(gather) {
             Ok(sent) => sent,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),

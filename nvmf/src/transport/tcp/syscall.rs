@@ -96,6 +96,27 @@ impl<'a> Gather<'a> {
         let sent = unsafe { libc::sendmsg(fd.as_raw_fd(), &message, flags) };
         usize::try_from(sent).map_err(|_| io::Error::last_os_error())
     }
+
+    /// The first `most` bytes, as a simulated kernel takes them.
+    #[cfg(feature = "sim")]
+    pub(super) fn copy(self, most: usize) -> Vec<u8> {
+        let mut bytes = vec![0; most.min(self.len)];
+        let mut at = 0;
+        for vector in self.list {
+            let take = vector.iov_len.min(bytes.len() - at);
+            // SAFETY: as in `send`, every vector describes readable memory; `bytes` is private and has
+            // room for `take` bytes from `at` on.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    vector.iov_base.cast::<u8>(),
+                    bytes.as_mut_ptr().add(at),
+                    take,
+                );
+            }
+            at += take;
+        }
+        bytes
+    }
 }
 
 impl<'a> Scatter<'a> {
@@ -129,5 +150,25 @@ impl<'a> Scatter<'a> {
         let received =
             unsafe { libc::readv(fd.as_raw_fd(), self.list.as_ptr(), self.list.len() as _) };
         usize::try_from(received).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Places bytes as a simulated kernel does; returns how many found room.
+    #[cfg(feature = "sim")]
+    pub(super) fn place(self, bytes: &[u8]) -> usize {
+        let mut at = 0;
+        for vector in self.list {
+            let take = vector.iov_len.min(bytes.len() - at);
+            // SAFETY: as in `receive`, every vector describes writable memory; `bytes` has `take` more
+            // from `at` on, and is private, so the two cannot overlap.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    bytes.as_ptr().add(at),
+                    vector.iov_base.cast::<u8>(),
+                    take,
+                );
+            }
+            at += take;
+        }
+        at
     }
 }
