@@ -7,13 +7,19 @@ SIMULATION = -p nvmf --features sim --lib --test simulation
 # The guest tests use the release build of the daemon, or the one that VHOST_NVMF_BIN names.
 GUEST_TESTS = $(CARGO) test -p guest-tests --test linux_guest -- --nocapture --test-threads=1
 
-.PHONY: help boot test guest-test soak bench
+# Every test process runs under valgrind; what it complains about fails the test. Few random cases: each takes 30 times as
+# long. What feeds the same bytes again at every cut is left out for the same reason.
+SANITIZE = PROPTEST_CASES=16 $(CARGO) test \
+	--config 'target."cfg(all())".runner = ["valgrind", "-q", "--error-exitcode=9", "--leak-check=no"]'
+
+.PHONY: help boot test guest-test sanitize soak bench
 
 help:
 	@echo 'make boot               boot a Linux guest from a remote NVMe/TCP namespace and have it check its disk'
 	@echo 'make boot ARGS=--shell  the same, with a shell in the guest instead of the checks'
 	@echo 'make test               every test, guests included (under 20 minutes on 2 cores)'
 	@echo 'make guest-test         only the tests that boot guests'
+	@echo 'make sanitize           the tests of memory that is reached by address, under valgrind (about two minutes)'
 	@echo 'make soak [ROUNDS=10]   the tests again and again, by hand'
 	@echo 'make bench              measure the daemon beside other back-ends; ARGS=--help tells more'
 
@@ -31,6 +37,13 @@ guest-test:
 	qemu-scripts/install-packages build guest
 	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
 	$(GUEST_TESTS)
+
+# Memory descriptions, the NVMe/TCP machine, and both ends of queue pairs over sockets and within the process.
+sanitize:
+	qemu-scripts/install-packages build sanitize
+	$(SANITIZE) -p memdesc --tests
+	$(SANITIZE) -p nvmf --test tcp_machine -- --skip wire:: --skip a_stream_may_be_cut
+	$(SANITIZE) -p nvmf --test tcp_pair --test loopback_pair -- --skip data_of_every_size_survives
 
 # Runs that hit another interleaving each time, then one guest that goes through its cases ROUNDS times.
 soak:
