@@ -215,7 +215,7 @@ pub(crate) struct ServeArgs {
     )]
     pub(crate) poll_max_ns: u32,
     /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with
-    /// [,block-size=512|4096][,uuid=U][,fault=RULE]
+    /// [,block-size=512|4096][,uuid=U][,fault=RULE][,powercut[=SIZE]]
     #[arg(
         value_name = "SPEC",
         value_parser = OsStringValueParser::new().try_map(|text| Spec::parse(&text))
@@ -243,7 +243,7 @@ pub(crate) struct ExportArgs {
     #[arg(long, value_name = "NQN")]
     pub(crate) allow_host: Vec<Nqn>,
     /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with
-    /// [,block-size=512|4096][,uuid=U][,fault=RULE]
+    /// [,block-size=512|4096][,uuid=U][,fault=RULE][,powercut[=SIZE]]
     #[arg(
         value_name = "SPEC",
         required = true,
@@ -366,8 +366,12 @@ Storage that fails on purpose, for tests:
           after=N, every=N, count=N
                             not the first N; the first of each N; N in all
           seed=N            another course of what is up to chance
-  Each tenth write fails once in a while, and reads of one block are slow:
-    disk.img,fault=error:write:every=10:rate=25%,fault=delay=5ms-50ms:read:lba=2048";
+  powercut[=SIZE][:seed=N]  keep what is written in memory until it is flushed, SIZE of it [64M];
+                            what is in memory is lost when this process is killed
+  One write in a hundred fails and must not be retried, and reads of some blocks are slow:
+    disk.img,fault=error=write-fault+dnr:write:rate=1%,fault=delay=5ms-50ms:read:lba=0-2047
+  A disk whose power goes with kill -9:
+    disk.img,powercut";
 
 /// Reads the command line, program name first.
 ///

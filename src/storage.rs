@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use nvmf::backend::{
-    Backend, Counts, FaultBackend, FileBackend, NullBackend, NullError, OpenError, RamBackend,
-    RamError,
+    Backend, Counts, FaultBackend, FileBackend, NullBackend, NullError, OpenError, PowerCutBackend,
+    RamBackend, RamError,
 };
 use nvmf::controller::Subsystem;
 
-use crate::config::{NamespaceConfig, Storage};
+use crate::config::{NamespaceConfig, PowerCut, Storage};
 
 /// Why storage cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,12 @@ pub(crate) fn open(namespace: &NamespaceConfig) -> Result<Arc<dyn Backend>, Stor
         Storage::Ram { size } => Arc::new(RamBackend::new(size.bytes(), block_size)?),
         Storage::Null { size } => Arc::new(NullBackend::new(size.bytes(), block_size)?),
     };
+    if let Some(PowerCut { size, seed }) = namespace.powercut {
+        tracing::warn!(
+            "{namespace} loses what was not flushed when this process is killed: it has powercut"
+        );
+        backend = Arc::new(PowerCutBackend::new(backend, size.bytes(), seed));
+    }
     if !namespace.faults.is_empty() {
         tracing::warn!(
             rules = namespace.faults.len(),

@@ -221,6 +221,7 @@ fn malformed_specs_are_named() {
         ("ram:1M,uuid=1", "UUID"),
         ("ram:1M,cache=none", "cache=none"),
         ("ram:1M,fault=oops", "oops"),
+        ("ram:1M,powercut=1X", "1X"),
         ("ram:1M,fault=error:rate=5", "rate=2.5%"),
         ("ram:1M,fault=error=write-falt", "write-fault"),
         ("file:", "path"),

@@ -3,6 +3,7 @@
 pub(crate) mod fault;
 pub(crate) mod identity;
 pub(crate) mod ids;
+pub(crate) mod powercut;
 pub(crate) mod size;
 pub(crate) mod spec;
 pub(crate) mod uri;
@@ -23,6 +24,7 @@ use crate::cli::{AttachArgs, ExportArgs, ServeArgs};
 use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
 pub(crate) use identity::{HostIdentity, Machine};
 pub(crate) use ids::Serial;
+pub(crate) use powercut::PowerCut;
 pub(crate) use spec::{BlockSize, Spec, Storage};
 pub(crate) use uri::{DiscoveryUri, Uri, host_of_listener};
 
@@ -86,6 +88,8 @@ pub(crate) struct NamespaceConfig {
     pub(crate) uuid: Uuid,
     /// What goes wrong with the storage on purpose, in order.
     pub(crate) faults: Vec<Fault>,
+    /// A volatile write cache over it.
+    pub(crate) powercut: Option<PowerCut>,
 }
 
 /// What is wrong between options that are each well formed, or with what they name.
@@ -286,6 +290,7 @@ impl NamespaceConfig {
             block_size: spec.block_size,
             uuid: spec.uuid.or(stable).unwrap_or_else(Uuid::new_v4),
             faults: spec.faults,
+            powercut: spec.powercut,
         })
     }
 }

@@ -22,6 +22,11 @@ pub(crate) enum SizeError {
 }
 
 impl Size {
+    /// So many MiB, at least 1.
+    pub(crate) const fn mebibytes(number: u64) -> Self {
+        Self(number << 20)
+    }
+
     /// Bytes.
     pub(crate) fn bytes(self) -> u64 {
         self.0

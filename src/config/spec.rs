@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::fault::{FaultError, parse_fault};
 use super::ids::{IdError, parse_uuid};
+use super::powercut::{PowerCut, PowerCutError};
 use super::size::{Size, SizeError};
 
 /// One namespace, as written on the command line.
@@ -22,6 +23,8 @@ pub(crate) struct Spec {
     pub(crate) uuid: Option<Uuid>,
     /// What goes wrong with the storage on purpose, in order.
     pub(crate) faults: Vec<Fault>,
+    /// A volatile write cache over it.
+    pub(crate) powercut: Option<PowerCut>,
 }
 
 /// Where the blocks of a namespace are.
@@ -116,9 +119,17 @@ pub(crate) enum SpecError {
         /// What is wrong with it.
         error: FaultError,
     },
+    /// Bad cache.
+    #[error("powercut={value}: {error}")]
+    PowerCut {
+        /// As written.
+        value: String,
+        /// What is wrong with it.
+        error: PowerCutError,
+    },
     /// An option that does not exist.
     #[error(
-        "option '{0}' is unknown; there are ro, direct, block-size=, uuid= and fault= (a comma in a path is written ',,')"
+        "option '{0}' is unknown; there are ro, direct, block-size=, uuid=, fault= and powercut (a comma in a path is written ',,')"
     )]
     Option(String),
     /// An option twice.
@@ -127,8 +138,8 @@ pub(crate) enum SpecError {
 }
 
 impl Spec {
-    /// Parses `PATH | file:PATH[,ro][,direct] | ram:SIZE | null:SIZE`, with `,block-size=512|4096`, `,uuid=U` and any
-    /// number of `,fault=RULE` in any order. A comma in a path is written twice.
+    /// Parses `PATH | file:PATH[,ro][,direct] | ram:SIZE | null:SIZE`, with `,block-size=512|4096`, `,uuid=U`,
+    /// `,powercut[=SIZE]` and any number of `,fault=RULE` in any order. A comma in a path is written twice.
     ///
     /// # Errors
     /// [`SpecError`] says what is wrong and what to write.
@@ -136,7 +147,7 @@ impl Spec {
         let mut fields = split(text.as_bytes()).into_iter();
         let subject = fields.next().unwrap_or_default();
         let (mut read_only, mut direct, mut block_size, mut uuid) = (None, None, None, None);
-        let mut faults = Vec::new();
+        let (mut faults, mut powercut) = (Vec::new(), None);
         for option in fields {
             let option = String::from_utf8_lossy(&option).into_owned();
             match option.split_once('=') {
@@ -159,6 +170,16 @@ impl Spec {
                     })?;
                     faults.push(fault);
                 }
+                None if option == "powercut" => {
+                    once("powercut", &mut powercut, PowerCut::default())?;
+                }
+                Some(("powercut", value)) => {
+                    let cache = value.parse().map_err(|error| SpecError::PowerCut {
+                        value: value.to_owned(),
+                        error,
+                    })?;
+                    once("powercut", &mut powercut, cache)?;
+                }
                 _ => return Err(SpecError::Option(option)),
             }
         }
@@ -168,6 +189,7 @@ impl Spec {
             block_size,
             uuid,
             faults,
+            powercut,
         })
     }
 }
@@ -325,6 +347,7 @@ mod tests {
                 block_size: BlockSize::B4096,
                 uuid: Some(uuid),
                 faults: Vec::new(),
+                powercut: None,
             }
         );
         assert_eq!(parse("x").unwrap().block_size, BlockSize::B512);
@@ -359,6 +382,10 @@ mod tests {
         ));
         assert!(matches!(parse("x,uuid=1"), Err(SpecError::Uuid { .. })));
         assert!(matches!(parse("x,fault=1"), Err(SpecError::Fault { .. })));
+        let wrong = parse("x,powercut=1");
+        assert!(matches!(wrong, Err(SpecError::PowerCut { .. })));
+        let twice = parse("x,powercut,powercut=1M");
+        assert_eq!(twice, Err(SpecError::Twice("powercut")));
     }
 
     #[test]

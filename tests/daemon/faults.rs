@@ -1,20 +1,22 @@
-//! Storage that fails on purpose, as a guest sees it: errors, delays, and no answer at all.
+//! Storage that fails on purpose, as a guest sees it: errors, delays, no answer at all, power cuts.
 
 use std::time::{Duration, Instant};
 
-use crate::daemons::{Attach, Export};
+use rustix::process::Signal;
+
+use crate::daemons::{Attach, Directory, Export};
 use crate::driver::{Direction, Driver};
-use crate::front_end::{FrontEnd, IOERR, OK};
+use crate::front_end::{FrontEnd, IOERR, OK, Setup, feature};
 
 /// A disk of this storage: in one process, or over the fabric.
-pub(crate) struct Disk {
-    pub(crate) attach: Attach,
-    pub(crate) export: Option<Export>,
+struct Disk {
+    attach: Attach,
+    export: Option<Export>,
 }
 
 impl Disk {
     #[track_caller]
-    pub(crate) fn local(spec: &str) -> Self {
+    fn local(spec: &str) -> Self {
         Self {
             attach: Attach::serve(&[], spec),
             export: None,
@@ -22,7 +24,7 @@ impl Disk {
     }
 
     #[track_caller]
-    pub(crate) fn remote(spec: &str) -> Self {
+    fn remote(spec: &str) -> Self {
         let export = Export::start(&[spec]);
         Self {
             attach: Attach::start(export.uri()),
@@ -37,7 +39,7 @@ impl Disk {
 
     /// Ends all, the guest's side first, each in the time that it has.
     #[track_caller]
-    pub(crate) fn stop(mut self) {
+    fn stop(mut self) {
         self.attach.stop();
         if let Some(mut export) = self.export {
             export.stop();
@@ -95,4 +97,102 @@ fn a_request_that_hangs_keeps_nothing_from_ending_in_time() {
         assert_eq!(driver.wait(0, 1), [2]);
         disk.stop();
     }
+}
+
+/// An image, and the disks on it that are killed.
+struct Image {
+    directory: Directory,
+}
+
+impl Image {
+    fn new() -> Self {
+        let directory = Directory::new();
+        std::fs::write(directory.path("disk.img"), vec![0; 8 << 20]).expect("an image");
+        Self { directory }
+    }
+
+    fn spec(&self) -> String {
+        let path = self.directory.path("disk.img");
+        format!("{},powercut=1M:seed=5", path.display())
+    }
+
+    /// The first byte of so many sectors.
+    fn bytes(&self, sectors: usize) -> Vec<u8> {
+        let image = std::fs::read(self.directory.path("disk.img")).expect("an image");
+        image.chunks(512).take(sectors).map(|s| s[0]).collect()
+    }
+}
+
+#[test]
+fn a_kill_loses_what_was_not_flushed_and_nothing_that_was() {
+    for remote in [false, true] {
+        let image = Image::new();
+        let disk = match remote {
+            true => Disk::remote(&image.spec()),
+            false => Disk::local(&image.spec()),
+        };
+        let mut guest = FrontEnd::connect(&disk.attach.socket);
+        assert_ne!(guest.features & feature::FLUSH, 0);
+        assert_eq!(guest.write(0, 0, &[1; 8 * 512]), OK);
+        assert_eq!(guest.flush(0), OK);
+        assert_eq!(guest.write(0, 4, &[2; 8 * 512]), OK);
+        let (status, seen) = guest.read(0, 0, 12 * 512);
+        assert_eq!(status, OK);
+        let seen: Vec<u8> = seen.chunks(512).map(|sector| sector[0]).collect();
+        assert_eq!(seen, [1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2]);
+        let storage = disk
+            .export
+            .as_ref()
+            .map_or(&disk.attach.process, |e| &e.process);
+        storage.signal(Signal::KILL);
+        drop(guest);
+        drop(disk);
+        assert_eq!(image.bytes(12), [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]);
+    }
+}
+
+#[test]
+fn a_kill_loses_a_part_of_what_was_more_than_the_cache_holds() {
+    let image = Image::new();
+    let disk = Disk::remote(&image.spec());
+    let mut guest = FrontEnd::connect(&disk.attach.socket);
+    for sector in (0..8192).step_by(8) {
+        assert_eq!(guest.write(0, sector, &[3; 8 * 512]), OK);
+    }
+    let (status, seen) = guest.read(0, 0, 4 << 20);
+    assert!(status == OK && seen == [3; 4 << 20], "all of it is seen");
+    let export = disk.export.as_ref().expect("a remote disk");
+    export.process.signal(Signal::KILL);
+    drop(guest);
+    drop(disk);
+    let lost = image.bytes(8192).iter().filter(|&&byte| byte == 0).count();
+    // A cache of 1 MiB holds 2048 sectors.
+    assert!((1..=2048).contains(&lost), "{lost} sectors are lost");
+}
+
+#[test]
+fn an_orderly_end_of_a_local_disk_loses_nothing() {
+    let image = Image::new();
+    let disk = Disk::local(&image.spec());
+    let mut guest = FrontEnd::connect(&disk.attach.socket);
+    assert_eq!(guest.write(0, 0, &[4; 8 * 512]), OK);
+    drop(guest);
+    disk.stop();
+    assert_eq!(image.bytes(9), [4, 4, 4, 4, 4, 4, 4, 4, 0]);
+}
+
+#[test]
+fn a_guest_that_cannot_flush_has_all_its_writes_on_the_medium() {
+    let image = Image::new();
+    let disk = Disk::local(&image.spec());
+    let setup = Setup {
+        without: feature::FLUSH,
+        ..Setup::default()
+    };
+    let mut guest = FrontEnd::connect_with(&disk.attach.socket, setup);
+    assert_eq!(guest.write(0, 0, &[5; 8 * 512]), OK);
+    disk.attach.process.signal(Signal::KILL);
+    drop(guest);
+    drop(disk);
+    assert_eq!(image.bytes(9), [5, 5, 5, 5, 5, 5, 5, 5, 0]);
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bitflags::bitflags;
 
 use super::later::Step;
-use super::{Backend, BackendIo, BackendOp, Counters, Geometry};
+use super::{Backend, BackendIo, BackendOp, Counters, Done, Geometry};
 use crate::spec::Status;
 
 bitflags! {
@@ -213,7 +213,7 @@ impl FaultBackend {
             verdict,
         });
         match delay.is_zero() {
-            true => held.resume(io),
+            true => held.resume(io, None),
             false => io.wait_for(Some(delay), held),
         }
     }
@@ -228,7 +228,7 @@ struct Held {
 }
 
 impl Step for Held {
-    fn resume(self: Box<Self>, io: &mut BackendIo) {
+    fn resume(self: Box<Self>, io: &mut BackendIo, _done: Option<Done>) {
         let Self {
             inner, op, token, ..
         } = *self;

@@ -164,6 +164,26 @@ impl BackendIo {
         }
     }
 
+    /// Leaves a step for when an operation is done; the token to submit that with.
+    pub(super) fn follow(&mut self, step: Box<dyn Step>) -> u32 {
+        self.later.get_or_insert_default().follow(step)
+    }
+
+    /// Goes on with steps whose operations were done at once, so that what is below decorators ends
+    /// as soon there as it does without them.
+    pub(super) fn settle(&mut self) {
+        let mut at = 0;
+        while let (Some(done), Some(later)) = (self.done.get(at), &mut self.later) {
+            let Some(step) = later.followed(done.token) else {
+                at += 1;
+                continue;
+            };
+            let done = self.done.remove(at);
+            step.resume(self, done);
+            at = 0;
+        }
+    }
+
     /// Ends what only waits for its time, now and from now on: for a lane that is over, and has
     /// nobody to answer.
     pub fn abandon(&mut self) {
@@ -175,10 +195,20 @@ impl BackendIo {
 
     /// The next operation that is done. Call until `None` before sleeping, then [`Self::flush`].
     pub fn done(&mut self) -> Option<Done> {
-        while let Some(step) = self.later.as_mut().and_then(|later| later.due()) {
-            step.resume(self);
+        if self.later.is_none() {
+            return self.engine_done();
         }
-        self.engine_done()
+        loop {
+            while let Some(step) = self.later.as_mut().and_then(|later| later.due()) {
+                step.resume(self, None);
+            }
+            let done = self.engine_done()?;
+            let later = self.later.as_mut();
+            match later.and_then(|later| later.followed(done.token)) {
+                Some(step) => step.resume(self, Some(done)),
+                None => return Some(done),
+            }
+        }
     }
 
     fn engine_done(&mut self) -> Option<Done> {

@@ -1,4 +1,4 @@
-//! What decorators of backends leave for later.
+//! What decorators of backends leave for later: after a time, or when another operation is done.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -12,15 +12,21 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use super::BackendIo;
+use super::{BackendIo, Done};
+
+/// Marks tokens that are ours; the rest is an index.
+const OURS: u32 = 1 << 31;
 
 /// The rest of an operation. Dropping it gives up what it holds.
 pub(super) trait Step: Send {
-    /// Goes on: its time has come.
-    fn resume(self: Box<Self>, io: &mut BackendIo);
+    /// Goes on: when its time has come, or with the end of the operation that it waited for.
+    fn resume(self: Box<Self>, io: &mut BackendIo, done: Option<Done>);
 
-    /// Ends the operation whose time has not come, since its lane is over.
-    fn abandon(self: Box<Self>, io: &mut BackendIo);
+    /// Ends the operation whose time has not come, since its lane is over. What waits for another
+    /// operation is not abandoned.
+    fn abandon(self: Box<Self>, io: &mut BackendIo) {
+        let _ = io;
+    }
 }
 
 /// Steps of a lane, by index.
@@ -35,6 +41,19 @@ pub(super) struct Later {
 }
 
 impl Later {
+    /// Keeps what goes on when an operation is done; the token to submit that with.
+    pub(super) fn follow(&mut self, step: Box<dyn Step>) -> u32 {
+        self.keep(step) | OURS
+    }
+
+    /// The step that waited for an operation with this token.
+    pub(super) fn followed(&mut self, token: u32) -> Option<Box<dyn Step>> {
+        match token & OURS {
+            0 => None,
+            _ => self.take(token & !OURS),
+        }
+    }
+
     /// Keeps what goes on after a time, or not before the lane is over. It comes back when it
     /// cannot be: there is no descriptor left, or the lane is over. `engine` is what the lane waits
     /// on otherwise.

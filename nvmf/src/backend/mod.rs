@@ -18,6 +18,7 @@ mod job;
 mod later;
 mod null;
 mod pool;
+pub mod powercut;
 mod ram;
 mod syscall;
 
@@ -32,6 +33,7 @@ pub use fault::FaultBackend;
 pub use file::{FileBackend, OpenError};
 pub use io::{BackendIo, Engine};
 pub use null::{NullBackend, NullError};
+pub use powercut::PowerCutBackend;
 pub use ram::{RamBackend, RamError};
 
 /// Shape and abilities of a backend. Constant for its life.
@@ -123,16 +125,21 @@ impl BackendOp {
         }
     }
 
-    /// The blocks that are read or changed, any part of them.
-    fn blocks(&self, block_size: u32) -> Option<RangeInclusive<u64>> {
-        let (offset, len) = match self {
+    /// Offset and length of what is read or changed; nothing for a flush.
+    fn extent(&self) -> (u64, u64) {
+        match self {
             Self::Read { offset, sink } => (*offset, sink.len() as u64),
             Self::Write { offset, source, .. } => (*offset, source.len() as u64),
-            Self::Flush => return None,
+            Self::Flush => (0, 0),
             Self::WriteZeroes { offset, len, .. } | Self::Deallocate { offset, len } => {
                 (*offset, *len)
             }
-        };
+        }
+    }
+
+    /// The blocks that are read or changed, any part of them.
+    fn blocks(&self, block_size: u32) -> Option<RangeInclusive<u64>> {
+        let (offset, len) = self.extent();
         let last = offset.saturating_add(len.checked_sub(1)?);
         let size = u64::from(block_size.max(1));
         Some(offset / size..=last / size)
@@ -140,14 +147,12 @@ impl BackendOp {
 
     /// Checks the operation against a geometry.
     fn check(&self, geometry: &Geometry) -> Result<(), Status> {
-        let (offset, len, writes) = match self {
-            Self::Read { offset, sink } => (*offset, sink.len() as u64, false),
-            Self::Write { offset, source, .. } => (*offset, source.len() as u64, true),
+        let writes = match self {
             Self::Flush => return Ok(()),
-            Self::WriteZeroes { offset, len, .. } | Self::Deallocate { offset, len } => {
-                (*offset, *len, true)
-            }
+            Self::Read { .. } => false,
+            Self::Write { .. } | Self::WriteZeroes { .. } | Self::Deallocate { .. } => true,
         };
+        let (offset, len) = self.extent();
         if writes && geometry.read_only {
             return Err(Status::WRITE_PROTECTED.do_not_retry());
         }

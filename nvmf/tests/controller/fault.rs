@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use memdesc::{MemSink, MemSource};
 use nvmf::backend::fault::{Action, Fault, Operations};
-use nvmf::backend::{Backend, FaultBackend};
+use nvmf::backend::powercut::Survivors;
+use nvmf::backend::{Backend, FaultBackend, PowerCutBackend};
 use nvmf::controller::Limits;
 use nvmf::spec::opcode::nvm;
 use nvmf::spec::{Sqe, Status};
@@ -144,6 +145,32 @@ async fn a_command_that_hangs_goes_with_its_queue_and_the_controller_has_room_ag
         assert_eq!(queue.command(Sqe::flush(1)).await.status(), Status::SUCCESS);
         drop((queue, admin));
     }
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_that_flushes_or_forces_its_writes_has_them_after_a_power_cut() {
+    let disk = Arc::new(PowerCutBackend::new(ram(4 << 20, 512), 1 << 20, 1));
+    let backend = Arc::clone(&disk) as Arc<dyn Backend>;
+    let rig = Rig::with(subsystem([backend]), Limits::default()).await;
+    let (mut admin, cntlid) = rig.associate().await;
+    let (_, identify) = admin.receive(Sqe::identify(1, 0, 0), 4096).await;
+    assert_eq!(identify[525] & 1, 1, "VWC: there is a volatile write cache");
+    let mut queue = rig.io_queue(cntlid, 1, 32).await;
+    let data = [1, 2, 3].map(|seed| pattern(seed, 4096));
+    for (data, (lba, fua)) in data.iter().zip([(0, false), (8, true), (16, false)]) {
+        if lba == 8 {
+            assert_eq!(queue.command(Sqe::flush(1)).await.status(), Status::SUCCESS);
+        }
+        let cqe = queue.send(Sqe::write(1, lba, 8, fua), data).await;
+        assert_eq!(cqe.status(), Status::SUCCESS);
+    }
+    let (_, read) = queue.receive(Sqe::read(1, 0, 24), 3 * 4096).await;
+    assert!(read == data.concat());
+    let lost = disk.cut(Survivors::None).unwrap().lost;
+    assert_eq!(lost, (16..24).collect::<Vec<_>>());
+    let (_, read) = queue.receive(Sqe::read(1, 0, 24), 3 * 4096).await;
+    assert!(read == [&data[0][..], &data[1], &[0; 4096]].concat());
     rig.stop().await;
 }
 
