@@ -9,7 +9,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,6 +19,7 @@ use tempfile::TempDir;
 use crate::artifacts::artifacts;
 use crate::channel::{PORT_NAME, Reply, Request};
 use crate::daemon::Daemon;
+use crate::network;
 
 /// An emulated machine takes 5 seconds, a reset one on a busy host 100: its firmware is slow.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
@@ -31,7 +31,8 @@ const GRACE: Duration = Duration::from_secs(20);
 const SHOWN_CONSOLE_LINES: usize = 60;
 /// In the guest: the addresses that QEMU's user network gives.
 const NETWORK_UP: &str = "modprobe virtio_net; for i in $(seq 50); do [ -e /sys/class/net/eth0 ] && break; sleep 0.1; done; \
-                          ip link set lo up; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0";
+                          ip link set lo up; ip link set eth0 up; ip addr add 10.0.2.15/24 dev eth0; \
+                          ip route add default via 10.0.2.2";
 
 /// A vhost-user-blk disk of a guest. The first is /dev/vda, the next /dev/vdb, and so on.
 #[derive(Clone, Debug)]
@@ -51,8 +52,10 @@ pub struct GuestOptions {
     pub memory_mib: u32,
     /// The disks under test.
     pub disks: Vec<Disk>,
-    /// A network card: the guest reaches this machine's loopback as 10.0.2.2.
+    /// A network card: the guest reaches this machine's loopback as 10.0.2.2, and its other addresses as they are.
     pub network: bool,
+    /// The network that QEMU runs in: [`crate::Network::entrance`]; empty: this machine's.
+    pub entrance: Vec<String>,
     /// TCP ports of the guest that this machine reaches on its loopback, at [`Guest::forwarded`]. They take a network card.
     pub forward: Vec<u16>,
     /// Further arguments of QEMU, as they are.
@@ -66,6 +69,7 @@ impl Default for GuestOptions {
             memory_mib: 512,
             disks: Vec::new(),
             network: false,
+            entrance: Vec::new(),
             forward: Vec::new(),
             arguments: Vec::new(),
         }
@@ -138,7 +142,7 @@ impl Guest {
             UnixListener::bind(&channel).with_context(|| channel.display().to_string())?;
 
         let memory = format!("{}M", options.memory_mib);
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = network::command(&options.entrance, "qemu-system-x86_64");
         command.args(&artifacts.accelerator);
         command.args([
             "-M",

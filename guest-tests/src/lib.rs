@@ -13,6 +13,7 @@ mod checks;
 mod cpio;
 mod daemon;
 mod guest;
+mod network;
 mod recorder;
 mod seeded;
 mod vhost_nvmf;
@@ -21,9 +22,10 @@ pub use channel::{PORT_NAME, Reply, Request};
 pub use checks::Checks;
 pub use daemon::Daemon;
 pub use guest::{Disk, Guest, GuestOptions, Job, Output};
+pub use network::Network;
 pub use recorder::Recorder;
 pub use seeded::{Seeded, fill};
-pub use vhost_nvmf::{Attach, AttachOptions, DiskCounters, Export, NamespaceCounters};
+pub use vhost_nvmf::{Attach, AttachOptions, DiskCounters, Export, NamespaceCounters, discover};
 
 /// How many rounds the repeating cases do: 1, or what `VHOST_NVMF_ROUNDS` says (`make soak` sets it).
 pub fn rounds() -> u64 {

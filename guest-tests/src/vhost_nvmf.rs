@@ -1,4 +1,4 @@
-//! The product's two daemons, started for a test: `vhost-nvmf export` and `vhost-nvmf attach`.
+//! The product's daemons, started for a test: `vhost-nvmf export`, and `attach` and `serve` with a disk.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,10 +11,13 @@ use serde_json::Value;
 
 use crate::artifacts::daemon_binary;
 use crate::daemon::Daemon;
+use crate::network::{self, Network};
 
 const READY_LIMIT: Duration = Duration::from_secs(15);
 /// The product promises two seconds from SIGTERM to its end; the rest is for a busy machine to notice it.
 const STOP_LIMIT: Duration = Duration::from_millis(2500);
+/// The NSID of a local disk's storage.
+const LOCAL_NSID: u32 = 1;
 
 /// A controller that exports namespaces over NVMe/TCP on a free port of 127.0.0.1.
 pub struct Export {
@@ -24,7 +27,7 @@ pub struct Export {
     pub uris: Vec<String>,
 }
 
-/// What `export` counted for a namespace, up to its end.
+/// What `export` or `serve` counted for a namespace, up to its end.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "the fields are the log line's own")]
 pub struct NamespaceCounters {
@@ -37,6 +40,7 @@ pub struct NamespaceCounters {
     pub deallocates: u64,
     pub read_bytes: u64,
     pub written_bytes: u64,
+    pub copied_bytes: u64,
 }
 
 /// A disk on a vhost-user socket.
@@ -60,7 +64,7 @@ pub struct AttachOptions {
     pub arguments: Vec<String>,
 }
 
-/// What `attach` counted for its disk, up to its end.
+/// What `attach` or `serve` counted for its disk, up to its end.
 #[derive(Clone, Debug, Deserialize)]
 #[expect(missing_docs, reason = "the fields are the log line's own")]
 pub struct DiskCounters {
@@ -82,22 +86,41 @@ impl Export {
         let mut command = Command::new(daemon_binary()?);
         command.args(["export", "--log-format", "json", "--listen", "127.0.0.1:0"]);
         command.args(specs.iter().map(AsRef::as_ref));
-        let mut daemon = Daemon::start("export", &command)?;
-        let lines = daemon.wait_for_output(specs.len(), READY_LIMIT, |line| {
-            line.contains("nvme+tcp://")
-        })?;
+        Self::run(&command, specs.len())
+    }
+
+    /// Starts `export` in a network of its own ([`Network::entrance`]), on port 4420 of these addresses, with discovery on port
+    /// 8009. There is a URI for each specification at each address.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn start_in(
+        network: &Network,
+        addresses: &[&str],
+        arguments: &[&str],
+        specs: &[&str],
+    ) -> Result<Self> {
+        let mut command = network::command(&network.entrance(), daemon_binary()?);
+        command.args(["export", "--log-format", "json"]);
+        for address in addresses {
+            command.args(["--listen", &format!("{address}:4420")]);
+        }
+        command.args(arguments).args(specs);
+        Self::run(&command, addresses.len() * specs.len())
+    }
+
+    fn run(command: &Command, count: usize) -> Result<Self> {
+        let mut daemon = Daemon::start("export", command)?;
+        let lines =
+            daemon.wait_for_output(count, READY_LIMIT, |line| line.contains("nvme+tcp://"))?;
         let uri = |line: String| {
             line.split_whitespace()
                 .find(|word| word.starts_with("nvme+tcp://"))
                 .map(str::to_owned)
         };
         let uris: Vec<String> = lines.into_iter().filter_map(uri).collect();
-        if uris.len() != specs.len() {
-            bail!(
-                "export printed {} URIs for {} namespaces",
-                uris.len(),
-                specs.len()
-            );
+        if uris.len() != count {
+            bail!("export printed {} URIs instead of {count}", uris.len());
         }
         Ok(Self { daemon, uris })
     }
@@ -115,13 +138,24 @@ impl Export {
     /// # Errors
     /// When it logged nothing of the sort, or a field is missing.
     pub fn counters(&self, nsid: u32) -> Result<NamespaceCounters> {
-        let events = self.daemon.logged("namespace counters");
-        let event = events.into_iter().rfind(|fields| fields["nsid"] == nsid);
-        parse(
-            event,
-            &format!("export's \"namespace counters\" with nsid={nsid}"),
-        )
+        namespace_counters(&self.daemon, nsid)
     }
+}
+
+/// Runs `vhost-nvmf discover` in a network, and returns its JSON.
+///
+/// # Errors
+/// When it fails, with what it said.
+pub fn discover(network: &Network, hostnqn: &str, uri: &str) -> Result<Value> {
+    let mut command = network::command(&network.entrance(), daemon_binary()?);
+    command.args(["discover", "--output-format", "json"]);
+    command.args(["--hostnqn", hostnqn, uri]);
+    let output = command.output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        bail!("discover {uri}: {}: {}", output.status, said.trim());
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
 }
 
 impl Attach {
@@ -130,9 +164,26 @@ impl Attach {
     /// # Errors
     /// When it does not become ready.
     pub fn start(socket: &Path, uri: &str, options: &AttachOptions) -> Result<Self> {
+        Self::start_command("attach", socket, uri, options)
+    }
+
+    /// Starts `serve` on `socket`, with storage of this machine, and waits until it listens.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn serve(socket: &Path, spec: &str, options: &AttachOptions) -> Result<Self> {
+        Self::start_command("serve", socket, spec, options)
+    }
+
+    fn start_command(
+        subcommand: &str,
+        socket: &Path,
+        what: &str,
+        options: &AttachOptions,
+    ) -> Result<Self> {
         let mut command = Command::new(daemon_binary()?);
         command
-            .args(["attach", "--log-format", "json", "--socket-path"])
+            .args([subcommand, "--log-format", "json", "--socket-path"])
             .arg(socket);
         if let Some(queues) = options.num_queues {
             command.args(["--num-queues", &queues.to_string()]);
@@ -143,9 +194,9 @@ impl Attach {
         if options.read_only {
             command.arg("--read-only");
         }
-        command.args(&options.arguments).arg(uri);
+        command.args(&options.arguments).arg(what);
         let name = format!(
-            "attach {}",
+            "{subcommand} {}",
             socket.file_name().unwrap_or_default().display()
         );
         let mut daemon = Daemon::start(&name, &command)?;
@@ -201,8 +252,25 @@ impl Attach {
     /// When it logged nothing of the sort, or a field is missing.
     pub fn counters(&self) -> Result<DiskCounters> {
         let event = self.daemon.logged("disk counters").pop();
-        parse(event, "attach's \"disk counters\"")
+        parse(event, "\"disk counters\"")
     }
+
+    /// What `serve` counted for its storage; after [`Attach::stop`].
+    ///
+    /// # Errors
+    /// When it logged nothing of the sort, as `attach` does, or a field is missing.
+    pub fn storage_counters(&self) -> Result<NamespaceCounters> {
+        namespace_counters(&self.daemon, LOCAL_NSID)
+    }
+}
+
+fn namespace_counters(daemon: &Daemon, nsid: u32) -> Result<NamespaceCounters> {
+    let events = daemon.logged("namespace counters");
+    let event = events.into_iter().rfind(|fields| fields["nsid"] == nsid);
+    parse(
+        event,
+        &format!("{}: \"namespace counters\" with nsid={nsid}", daemon.name()),
+    )
 }
 
 fn parse<T: DeserializeOwned>(event: Option<Value>, what: &str) -> Result<T> {

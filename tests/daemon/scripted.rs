@@ -46,6 +46,8 @@ pub(crate) enum Stage {
     /// The handshake of the second connection, an I/O queue's.
     IoHandshake,
     IoConnect,
+    /// Any command on the I/O queue.
+    Io,
 }
 
 /// How it fails.
@@ -232,6 +234,7 @@ impl Connection<'_> {
             (fabrics::OPCODE, fabrics::CONNECT) => Stage::IoConnect,
             (fabrics::OPCODE, fabrics::PROPERTY_GET) => Stage::Property(sqe.cdw11.get()),
             (fabrics::OPCODE, _) => Stage::SetProperty,
+            _ if !self.admin => Stage::Io,
             (admin::IDENTIFY, _) => Stage::Identify(sqe.cdw10.get() as u8),
             (admin::GET_LOG_PAGE, _) => Stage::GetLogPage,
             _ => Stage::SetFeatures,

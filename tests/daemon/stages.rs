@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use nvmf::spec::identify::cns;
 use nvmf::spec::property::offset;
 
-use crate::daemons::Directory;
+use crate::daemons::{Attach, Directory};
+use crate::front_end::{FrontEnd, IOERR};
 use crate::process::Process;
 use crate::scripted::{Failure, Script, Scripted, Stage};
 
@@ -193,4 +194,24 @@ fn a_target_that_is_slow_at_every_stage_does_not_take_all_of_their_times_togethe
     let commands = ["attach", "list-ns", "identify", "discover"];
     let started = commands.map(|command| Attempt::start(command, None, slow, ""));
     started.into_iter().for_each(Attempt::fails);
+}
+
+#[test]
+fn a_target_that_breaks_off_in_an_answer_to_the_guest_fails_it_and_those_after_and_is_named() {
+    for failure in [Failure::CutOff, Failure::Nonsense] {
+        let controller = Scripted::start(Script {
+            failure: Some((Some(Stage::Io), failure)),
+            ..Script::default()
+        });
+        let mut attach = Attach::start(&controller.uri());
+        let mut guest = FrontEnd::connect(&attach.socket);
+        assert_eq!(guest.flush(0), IOERR, "{failure:?}");
+        assert_eq!(guest.flush(0), IOERR, "{failure:?}");
+        let address = controller.address();
+        attach.process.await_log(|line| {
+            let severe = line.contains("\"ERROR\"") || line.contains("\"WARN\"");
+            severe && line.contains(&address)
+        });
+        attach.stop();
+    }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use guest_tests::{Attach, AttachOptions, Disk, Guest, Seeded};
+use guest_tests::{Guest, Seeded};
 use tempfile::TempDir;
 
 use crate::{MIB, seed};
@@ -16,30 +16,16 @@ const LONG: Duration = Duration::from_secs(240);
 /// In the guest: everything written is on the disk, and reads go to the disk.
 pub(crate) const DROP_CACHES: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
 
+/// Where images go: on a file system that has direct I/O, unlike that of temporary files on some machines.
+pub(crate) fn image_directory() -> Result<TempDir> {
+    Ok(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?)
+}
+
 /// An image of `mib` MiB, all a hole.
 pub(crate) fn image(directory: &TempDir, name: &str, mib: u64) -> Result<PathBuf> {
     let path = directory.path().join(name);
     File::create(&path)?.set_len(mib * MIB)?;
     Ok(path)
-}
-
-/// Attaches the namespace; the socket is called after the serial.
-pub(crate) fn attach(
-    directory: &TempDir,
-    uri: &str,
-    serial: &str,
-    queues: u16,
-    read_only: bool,
-) -> Result<(Attach, Disk)> {
-    let socket = directory.path().join(format!("{serial}.sock"));
-    let options = AttachOptions {
-        num_queues: Some(queues),
-        serial: Some(serial.to_owned()),
-        read_only,
-        ..AttachOptions::default()
-    };
-    let attach = Attach::start(&socket, uri, &options)?;
-    Ok((attach, Disk { socket, queues }))
 }
 
 /// What a disk was configured to be.

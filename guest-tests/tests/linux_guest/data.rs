@@ -6,12 +6,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use guest_tests::{Checks, Export, Guest, GuestOptions, Seeded, fill, rounds};
+use guest_tests::{Checks, Guest, GuestOptions, Seeded, fill, rounds};
 
 use crate::cases::{
-    Configured, DROP_CACHES, attach, file_system_holds_a_tree, fio_verify, image, no_kernel_errors,
-    range_is_cleared, write_and_read_back,
+    Configured, DROP_CACHES, file_system_holds_a_tree, fio_verify, image, image_directory,
+    no_kernel_errors, range_is_cleared, write_and_read_back,
 };
+use crate::disks::{Disks, Storage, Wanted};
 use crate::{MIB, seed};
 
 const DATA: Configured = Configured {
@@ -40,34 +41,42 @@ const SMALL_WRITES: [(u64, u64, u64, u64); 3] = [
     (80 * MIB, 65536, 103, 512),
 ];
 
+/// Bytes of one range of a Dataset Management command.
+const DISCARD_RANGE: u64 = 16;
+
 #[test]
 fn data_survives_the_path_a_reboot_and_the_power_off() {
-    let directory = tempfile::tempdir().unwrap();
+    let name =
+        "data survives the path, a reboot and the power-off (2 CPUs; vda: data, vdb: scratch)";
+    data_survives(Storage::Remote, Checks::new(name));
+}
+
+#[test]
+fn data_on_local_disks_survives_a_reboot_and_the_power_off() {
+    let name = "data on local disks survives a reboot and the power-off (2 CPUs; vda: data, vdb: scratch, direct I/O)";
+    data_survives(Storage::Local, Checks::new(name));
+}
+
+fn data_survives(storage: Storage, mut checks: Checks) {
+    let directory = image_directory().unwrap();
     let data = image(&directory, "data.img", DATA.mib).unwrap();
     let scratch = image(&directory, "scratch.img", SCRATCH.mib).unwrap();
-    let specs = [
-        data.display().to_string(),
-        format!("file:{}", scratch.display()),
+    let wanted = [
+        Wanted {
+            spec: data.display().to_string(),
+            seen: DATA,
+            read_only: false,
+        },
+        Wanted {
+            spec: format!("file:{}{}", scratch.display(), storage.direct()),
+            seen: SCRATCH,
+            read_only: false,
+        },
     ];
-    let mut export = Export::start(&specs).unwrap();
-    let (mut attach_data, data_disk) =
-        attach(&directory, &export.uris[0], DATA.serial, DATA.queues, false).unwrap();
-    let (mut attach_scratch, scratch_disk) = attach(
-        &directory,
-        &export.uris[1],
-        SCRATCH.serial,
-        SCRATCH.queues,
-        false,
-    )
-    .unwrap();
-
-    let mut checks = Checks::new(
-        "data survives the path, a reboot and the power-off (2 CPUs; vda: data, vdb: scratch)",
-    );
-    let disks = vec![data_disk, scratch_disk];
+    let mut disks = Disks::start(storage, &wanted).unwrap();
     let mut guest = Guest::boot(&GuestOptions {
         cpus: 2,
-        disks,
+        disks: disks.to_boot_with(),
         ..GuestOptions::default()
     })
     .unwrap();
@@ -96,8 +105,8 @@ fn data_survives_the_path_a_reboot_and_the_power_off() {
     checks.check("no error in the kernel's log", || {
         no_kernel_errors(&mut guest)
     });
-    checks.check("attach keeps its memory small", || {
-        let bytes = attach_data.daemon.resident_bytes()?;
+    checks.check("the daemon keeps its memory small", || {
+        let bytes = disks.process(0).daemon.resident_bytes()?;
         ensure!(
             bytes < 16 * MIB,
             "{} KiB are resident, 16 MiB are the limit",
@@ -106,16 +115,12 @@ fn data_survives_the_path_a_reboot_and_the_power_off() {
         Ok(format!("{} KiB", bytes / 1024))
     });
     checks.check("power-off", || guest.power_off().map(|()| "QEMU ended"));
-    checks.check("attach ends cleanly", || {
-        attach_data.stop()?;
-        attach_scratch.stop().map(|()| "both")
-    });
-    checks.check("export ends cleanly", || export.stop().map(|()| "in time"));
+    checks.check("the daemons end cleanly", || disks.stop());
     checks.check("the image holds exactly what the guest wrote", || {
         image_is_as_written(&data)
     });
     checks.check("the counters tell of what the guest did", || {
-        let (disk, namespace) = (attach_scratch.counters()?, export.counters(2)?);
+        let (disk, namespace) = (disks.counters(1)?, disks.storage_counters(1)?);
         ensure!(
             namespace.write_zeroes > 0,
             "no write zeroes arrived: {namespace:?}"
@@ -140,6 +145,13 @@ fn data_survives_the_path_a_reboot_and_the_power_off() {
         ensure!(
             disk.written_bytes > 200 * MIB,
             "so few bytes written: {disk:?}"
+        );
+        // Direct I/O takes the guest's memory as it is, aligned; what is copied are the ranges of discards.
+        ensure!(
+            storage == Storage::Remote
+                || (namespace.copied_bytes == 0
+                    && disk.copied_bytes == DISCARD_RANGE * namespace.deallocates),
+            "bytes were copied: {disk:?} {namespace:?}"
         );
         Ok(format!("{disk:?}"))
     });

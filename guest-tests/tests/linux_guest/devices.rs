@@ -1,14 +1,16 @@
 //! What a disk is to the guest: its block size, queues and cache, and that it may be read-only.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Result, ensure};
-use guest_tests::{Checks, Export, Guest, GuestOptions, Seeded, fill, rounds};
+use guest_tests::{Checks, Guest, GuestOptions, Seeded, fill, rounds};
 
 use crate::cases::{
-    Configured, DROP_CACHES, attach, file_system_holds_a_tree, fio_verify, image, no_kernel_errors,
-    write_and_read_back,
+    Configured, DROP_CACHES, file_system_holds_a_tree, fio_verify, image, image_directory,
+    no_kernel_errors, write_and_read_back,
 };
+use crate::disks::{Disks, Storage, Wanted};
 use crate::{MIB, seed};
 
 const LARGE: Configured = Configured {
@@ -33,39 +35,64 @@ const RAM: Configured = Configured {
     queues: 1,
 };
 
+const NOTHING: Configured = Configured {
+    disk: "vdd",
+    serial: "nothing",
+    mib: 1 << 20,
+    block: 512,
+    queues: 1,
+};
+
 /// What the read-only disk holds.
 const PROTECTED_SEED: u64 = 11;
 
 #[test]
 fn queues_caches_block_sizes_and_read_only_disks() {
-    let directory = tempfile::tempdir().unwrap();
+    let name = "queues, caches, block sizes, read-only disks (4 CPUs; vda: 4096-byte blocks, vdb: read-only, \
+                vdc: RAM, vdd: null)";
+    kinds_of_disks(Storage::Remote, Checks::new(name));
+}
+
+#[test]
+fn queues_caches_block_sizes_and_read_only_local_disks() {
+    let name = "queues, caches, block sizes, read-only local disks (4 CPUs; vda: 4096-byte blocks, direct I/O, \
+                vdb: read-only, vdc: RAM, vdd: null)";
+    kinds_of_disks(Storage::Local, Checks::new(name));
+}
+
+/// The disks; whether one is read-only is said to `attach`, and for local disks in the storage's own specification.
+fn wanted(storage: Storage, large: &Path, protected: &Path) -> [Wanted; 4] {
+    let wanted = |spec: String, seen: Configured| Wanted {
+        spec,
+        seen,
+        read_only: false,
+    };
+    let (large, protected) = (large.display(), protected.display());
+    let attached = storage == Storage::Remote;
+    let ro = if attached { "" } else { ",ro" };
+    let direct = storage.direct();
+    [
+        wanted(format!("file:{large},block-size=4096{direct}"), LARGE),
+        Wanted {
+            read_only: attached,
+            ..wanted(format!("{protected}{ro}"), PROTECTED)
+        },
+        wanted(format!("ram:{}M", RAM.mib), RAM),
+        wanted(format!("null:{}M", NOTHING.mib), NOTHING),
+    ]
+}
+
+fn kinds_of_disks(storage: Storage, mut checks: Checks) {
+    let directory = image_directory().unwrap();
     let large = image(&directory, "large.img", LARGE.mib).unwrap();
     let protected = image(&directory, "protected.img", PROTECTED.mib).unwrap();
     let mut content = vec![0; (PROTECTED.mib * MIB) as usize];
     fill(PROTECTED_SEED, 0, &mut content);
     fs::write(&protected, &content).unwrap();
-    let specs = [
-        format!("file:{},block-size=4096", large.display()),
-        protected.display().to_string(),
-        format!("ram:{}M", RAM.mib),
-    ];
-    let mut export = Export::start(&specs).unwrap();
-    let mut attached = Vec::new();
-    let mut disks = Vec::new();
-    for (uri, disk) in export.uris.iter().zip([LARGE, PROTECTED, RAM]) {
-        let read_only = disk.serial == PROTECTED.serial;
-        let (attach, disk) = attach(&directory, uri, disk.serial, disk.queues, read_only).unwrap();
-        attached.push(attach);
-        disks.push(disk);
-    }
-
-    let mut checks = Checks::new(
-        "queues, caches, block sizes, read-only disks (4 CPUs; vda: 4096-byte blocks, vdb: \
-         read-only, vdc: RAM)",
-    );
+    let mut disks = Disks::start(storage, &wanted(storage, &large, &protected)).unwrap();
     let mut guest = Guest::boot(&GuestOptions {
         cpus: 4,
-        disks,
+        disks: disks.to_boot_with(),
         ..GuestOptions::default()
     })
     .unwrap();
@@ -101,19 +128,17 @@ fn queues_caches_block_sizes_and_read_only_disks() {
     checks.check("a read-only disk shows its data and refuses writes", || {
         read_only(&mut guest)
     });
+    checks.check(
+        "a disk of nothing reads as zeroes, whatever was written",
+        || nothing(&mut guest),
+    );
     checks.check("no error in the kernel's log", || {
         no_kernel_errors(&mut guest)
     });
     checks.check("power-off", || guest.power_off().map(|()| "QEMU ended"));
-    checks.check("attach ends cleanly", || {
-        for attach in &mut attached {
-            attach.stop()?;
-        }
-        Ok("all three")
-    });
-    checks.check("export ends cleanly", || export.stop().map(|()| "in time"));
+    checks.check("the daemons end cleanly", || disks.stop());
     checks.check("the guest's flushes reached the backend", || {
-        let namespace = export.counters(3)?;
+        let namespace = disks.storage_counters(2)?;
         ensure!(
             guest_flushes >= 10 && namespace.flushes >= guest_flushes,
             "{guest_flushes} were sent, {} arrived",
@@ -125,7 +150,7 @@ fn queues_caches_block_sizes_and_read_only_disks() {
         ))
     });
     checks.check("write-through reached the backend as FUA", || {
-        let namespace = export.counters(3)?;
+        let namespace = disks.storage_counters(2)?;
         ensure!(
             namespace.fua_writes == 7,
             "{} FUA writes, should be 7",
@@ -139,7 +164,7 @@ fn queues_caches_block_sizes_and_read_only_disks() {
         Ok("7 of 22 writes")
     });
     checks.check("nothing was written to the read-only disk", || {
-        let namespace = export.counters(2)?;
+        let namespace = disks.storage_counters(1)?;
         ensure!(
             namespace.writes == 0 && namespace.write_zeroes == 0,
             "{namespace:?}"
@@ -218,6 +243,17 @@ fn cache_modes(checks: &mut Checks, guest: &mut Guest) -> u64 {
         });
     }
     sent
+}
+
+fn nothing(guest: &mut Guest) -> Result<String> {
+    NOTHING.check(guest)?;
+    let (end, length) = (NOTHING.mib * MIB, 4 * MIB);
+    let last = end - length;
+    guest.sh(&format!(
+        "for at in 0 {last}; do seeded-data write /dev/vdd $at {length} 13; {DROP_CACHES}\n\
+         seeded-data zeroes /dev/vdd $at {length}; done"
+    ))?;
+    Ok("4 MiB at the start, 4 MiB at the end of 1 TiB".to_owned())
 }
 
 fn read_only(guest: &mut Guest) -> Result<String> {

@@ -116,7 +116,10 @@ fn a_linux_host_finds_everything_that_it_looks_for() {
     checks.check("nvme disconnect", || subsystem.disconnect(&mut guest));
     for (queues, digests) in [
         (1, ""),
-        (2, "--hdr-digest --data-digest"),
+        (1, "--hdr-digest --data-digest"),
+        (2, ""),
+        (2, "--hdr-digest"),
+        (4, ""),
         (4, "--data-digest"),
     ] {
         checks.check(&format!("fio verify on {queues} queues {digests}"), || {

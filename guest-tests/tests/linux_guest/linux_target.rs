@@ -1,5 +1,7 @@
 //! Linux's own NVMe/TCP target, nvmet in one guest, whose namespaces `attach` brings to another guest.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, ensure};
 use guest_tests::{Attach, AttachOptions, Checks, Disk, Guest, GuestOptions, Seeded, rounds};
 use tempfile::TempDir;
@@ -27,15 +29,12 @@ struct Exported {
     digests: &'static [&'static str],
 }
 
-const EXPORTED: [Exported; 3] = [
+const DIGESTS: &[&str] = &["--hdr-digest", "--data-digest"];
+
+/// Every in-capsule limit with digests and without.
+const EXPORTED: [Exported; 6] = [
     Exported {
-        seen: Configured {
-            disk: "vda",
-            serial: "brd",
-            mib: 96,
-            block: 512,
-            queues: 2,
-        },
+        seen: disk("vda", "brd0", 512, 4),
         device: "/dev/ram0",
         nsid: 1,
         port: 4420,
@@ -43,67 +42,96 @@ const EXPORTED: [Exported; 3] = [
         digests: &[],
     },
     Exported {
-        seen: Configured {
-            disk: "vdb",
-            serial: "null_blk",
-            mib: 96,
-            block: 4096,
-            queues: 2,
-        },
+        seen: disk("vdb", "null_blk0", 4096, 2),
         device: "/dev/nullb0",
         nsid: 2,
         port: 4421,
         inline: 4096,
-        digests: &["--hdr-digest", "--data-digest"],
+        digests: DIGESTS,
     },
     Exported {
-        seen: Configured {
-            disk: "vdc",
-            serial: "loop",
-            mib: 192,
-            block: 512,
-            queues: 1,
-        },
+        seen: disk("vdc", "loop0", 512, 1),
         device: "/dev/loop0",
         nsid: 7,
         port: 4422,
         inline: 16384,
         digests: &["--data-digest"],
     },
+    Exported {
+        seen: disk("vdd", "brd1", 512, 2),
+        device: "/dev/ram1",
+        nsid: 8,
+        port: 4420,
+        inline: 0,
+        digests: DIGESTS,
+    },
+    Exported {
+        seen: disk("vde", "null_blk1", 4096, 1),
+        device: "/dev/nullb1",
+        nsid: 9,
+        port: 4421,
+        inline: 4096,
+        digests: &[],
+    },
+    Exported {
+        seen: disk("vdf", "loop1", 512, 2),
+        device: "/dev/loop1",
+        nsid: 10,
+        port: 4422,
+        inline: 16384,
+        digests: &[],
+    },
 ];
 
-/// Makes the three devices in the target's guest: memory, memory with 4096-byte blocks that can be discarded, and a file.
+const fn disk(disk: &'static str, serial: &'static str, block: u32, queues: u16) -> Configured {
+    Configured {
+        disk,
+        serial,
+        mib: MIB_EACH,
+        block,
+        queues,
+    }
+}
+
+/// Each device, in MiB.
+const MIB_EACH: u64 = 128;
+
+/// Makes the devices in the target's guest, two of each kind: memory, memory with 4096-byte blocks that can be discarded, and a
+/// file. `MIB` is how large each is.
 const DEVICES: &str = "
 modprobe -a nvmet-tcp loop
-modprobe brd rd_nr=1 rd_size=$((96 * 1024))
+modprobe brd rd_nr=2 rd_size=$((MIB * 1024))
 modprobe null_blk nr_devices=0
 mount -t configfs none /sys/kernel/config
-cd /sys/kernel/config/nullb
-mkdir nullb0
-cd nullb0
-echo 4096 >blocksize; echo 96 >size; echo 1 >memory_backed; echo 1 >discard; echo 1 >power
-truncate -s 192M /tmp/loop.img
-losetup /dev/loop0 /tmp/loop.img
+for i in 0 1; do
+    n=/sys/kernel/config/nullb/nullb$i; mkdir $n
+    echo 4096 >$n/blocksize; echo $MIB >$n/size; echo 1 >$n/memory_backed; echo 1 >$n/discard; echo 1 >$n/power
+    truncate -s ${MIB}M /tmp/loop$i.img; losetup /dev/loop$i /tmp/loop$i.img
+done
 ";
 
+/// Each with its in-capsule limit.
+fn ports() -> BTreeMap<u16, u32> {
+    EXPORTED.iter().map(|it| (it.port, it.inline)).collect()
+}
+
 fn configure(guest: &mut Guest) -> Result<()> {
-    guest.sh(DEVICES).context("devices")?;
+    guest
+        .sh(&format!("MIB={MIB_EACH}\n{DEVICES}"))
+        .context("devices")?;
     let mut script = format!(
         "cd /sys/kernel/config/nvmet; mkdir subsystems/{NQN} subsystems/{CLOSED_NQN}\n\
          echo 1 >subsystems/{NQN}/attr_allow_any_host\n\
          echo 0 >subsystems/{CLOSED_NQN}/attr_allow_any_host\n"
     );
-    for Exported {
-        device,
-        nsid,
-        port,
-        inline,
-        ..
-    } in EXPORTED
-    {
+    for Exported { device, nsid, .. } in EXPORTED {
         script += &format!(
-            "n=subsystems/{NQN}/namespaces/{nsid}; mkdir $n; echo {device} >$n/device_path; echo 1 >$n/enable\n\
-             p=ports/{port}; mkdir $p; echo ipv4 >$p/addr_adrfam; echo tcp >$p/addr_trtype\n\
+            "n=subsystems/{NQN}/namespaces/{nsid}; mkdir $n; echo {device} >$n/device_path; echo 1 >$n/enable\n"
+        );
+    }
+    for (port, inline) in ports() {
+        script += &format!(
+            "p=ports/{port}; mkdir $p; echo ipv4 >$p/addr_adrfam; echo tcp >$p/addr_trtype\n\
              echo 0.0.0.0 >$p/addr_traddr; echo {port} >$p/addr_trsvcid; echo {inline} >$p/param_inline_data_size\n\
              for s in {NQN} {CLOSED_NQN}; do ln -s $PWD/subsystems/$s $p/subsystems/$s; done\n"
         );
@@ -121,12 +149,12 @@ fn uri(target: &Guest, port: u16, nqn: &str, nsid: u32) -> Result<String> {
 fn a_linux_target_is_a_disk_like_any_other() {
     let directory = tempfile::tempdir().unwrap();
     let mut checks = Checks::new(
-        "a Linux target is a disk like any other (nvmet in a guest of its own; vda: brd, vdb: \
-         null_blk with 4096-byte blocks, vdc: a file)",
+        "a Linux target is a disk like any other (nvmet in a guest of its own; vda, vdd: brd, vdb, vde: \
+         null_blk with 4096-byte blocks, vdc, vdf: files)",
     );
     let mut target = Guest::boot(&GuestOptions {
         memory_mib: 768,
-        forward: EXPORTED.iter().map(|it| it.port).collect(),
+        forward: ports().into_keys().collect(),
         ..GuestOptions::default()
     })
     .unwrap();
@@ -160,7 +188,7 @@ fn a_linux_target_is_a_disk_like_any_other() {
     // It complains of Connects that it refuses.
     target.sh("dmesg -C").unwrap();
     let mut guest = Guest::boot(&GuestOptions {
-        cpus: 2,
+        cpus: 4,
         disks,
         ..GuestOptions::default()
     })
@@ -182,12 +210,12 @@ fn a_linux_target_is_a_disk_like_any_other() {
                 let stretch = Seeded {
                     seed: seed(round),
                     offset: 4096,
-                    length: 12 * MIB,
+                    length: 6 * MIB,
                 };
                 write_and_read_back(&mut guest, seen.disk, stretch)
             });
             checks.check(&format!("{name}: fio verify"), || {
-                fio_verify(&mut guest, seen.disk, 4, round)
+                fio_verify(&mut guest, seen.disk, 3, round)
             });
         }
     }
@@ -222,7 +250,7 @@ fn a_linux_target_is_a_disk_like_any_other() {
         for attach in &mut attached {
             attach.stop()?;
         }
-        Ok("all three")
+        Ok(format!("all {}", attached.len()))
     });
     checks.check("the target has no controller left", || {
         no_controller_left(&mut target)

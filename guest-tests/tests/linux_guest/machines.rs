@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use guest_tests::{Checks, Export, Guest, GuestOptions, Seeded};
+use guest_tests::{Checks, Guest, GuestOptions, Seeded};
 
-use crate::cases::{Configured, attach, no_kernel_errors, write_and_read_back};
+use crate::cases::{Configured, image, image_directory, no_kernel_errors, write_and_read_back};
+use crate::disks::{Disks, Storage, Wanted};
 use crate::{MIB, seed};
 
 const DISK: Configured = Configured {
@@ -18,16 +19,35 @@ const DISK: Configured = Configured {
 
 #[test]
 fn the_next_machine_takes_the_disk_of_one_that_was_killed() {
-    let directory = tempfile::tempdir().unwrap();
-    let mut export = Export::start(&[format!("ram:{}M", DISK.mib)]).unwrap();
-    let (mut attach, disk) =
-        attach(&directory, &export.uris[0], DISK.serial, DISK.queues, false).unwrap();
+    let name = "the next machine takes the disk of one that was killed (vda)";
+    the_next_machine(Storage::Remote, Checks::new(name));
+}
+
+#[test]
+fn the_next_machine_takes_the_local_disk_of_one_that_was_killed() {
+    let name = "the next machine takes the local disk of one that was killed (vda)";
+    the_next_machine(Storage::Local, Checks::new(name));
+}
+
+fn the_next_machine(storage: Storage, mut checks: Checks) {
+    let directory = image_directory().unwrap();
+    let image = image(&directory, "steady.img", DISK.mib).unwrap();
+    // The kernel may still read into the memory of a machine that is gone, or write from it.
+    let spec = match storage {
+        Storage::Remote => format!("ram:{}M", DISK.mib),
+        Storage::Local => format!("{},direct", image.display()),
+    };
+    let wanted = [Wanted {
+        spec,
+        seen: DISK,
+        read_only: false,
+    }];
+    let mut disks = Disks::start(storage, &wanted).unwrap();
     let options = GuestOptions {
-        disks: vec![disk],
+        disks: disks.to_boot_with(),
         ..GuestOptions::default()
     };
 
-    let mut checks = Checks::new("the next machine takes the disk of one that was killed (vda)");
     let mut first = Guest::boot(&options).unwrap();
     checks.check("the first machine writes", || {
         let stretch = Seeded {
@@ -46,8 +66,9 @@ fn the_next_machine_takes_the_disk_of_one_that_was_killed() {
         let _never_answered = first.start(&writes, Duration::from_secs(60))?;
         std::thread::sleep(Duration::from_secs(2));
         first.kill()?;
-        ensure!(attach.daemon.try_wait()?.is_none(), "attach has ended, too");
-        Ok("attach is still there")
+        let ended = disks.process(0).daemon.try_wait()?;
+        ensure!(ended.is_none(), "the daemon has ended, too");
+        Ok("the daemon is still there")
     });
     drop(first);
 
@@ -70,10 +91,9 @@ fn the_next_machine_takes_the_disk_of_one_that_was_killed() {
         no_kernel_errors(&mut second)
     });
     checks.check("power-off", || second.power_off().map(|()| "QEMU ended"));
-    checks.check("attach ends cleanly", || attach.stop().map(|()| "in time"));
-    checks.check("export ends cleanly", || export.stop().map(|()| "in time"));
+    checks.check("the daemons end cleanly", || disks.stop());
     checks.check("hardly a byte was copied on the way", || {
-        let disk = attach.counters()?;
+        let disk = disks.counters(0)?;
         let moved = disk.read_bytes + disk.written_bytes;
         // Small reads (the partition scan, for one) may be copied out of the receive buffer.
         ensure!(

@@ -2,10 +2,14 @@
 //!
 //! Booting is slow where there is no KVM, so cases share guests; each case has a name and a verdict of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot run has failed")]
+
 mod capture;
 mod cases;
 mod data;
 mod devices;
+mod disks;
+mod linux_discovery;
 mod linux_host;
 mod linux_target;
 mod machines;
