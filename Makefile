@@ -60,4 +60,5 @@ soak:
 bench:
 	qemu-scripts/install-packages build
 	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
+	$(CARGO) bench -q -p nvmf --bench machine
 	$(CARGO) run --release -p bench -- $(ARGS)

@@ -9,7 +9,6 @@ mod hop;
 mod kernel;
 mod link;
 mod load;
-mod machine;
 mod memory;
 mod options;
 mod relay;

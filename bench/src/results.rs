@@ -4,7 +4,6 @@ use serde::Serialize;
 
 use crate::calibration::Calibration;
 use crate::counting::Counts;
-use crate::machine::MachineCost;
 use crate::statistics::{Summary, summarize};
 
 /// A whole run.
@@ -15,7 +14,6 @@ pub(crate) struct Results {
     pub(crate) seconds: f64,
     pub(crate) disk_bytes: u64,
     pub(crate) calibration: Vec<Calibration>,
-    pub(crate) machine_costs: Vec<MachineCost>,
     pub(crate) cells: Vec<Cell>,
     pub(crate) skipped: Vec<Skipped>,
 }
@@ -202,7 +200,6 @@ mod tests {
             seconds: 1.0,
             disk_bytes: 1,
             calibration: Vec::new(),
-            machine_costs: Vec::new(),
             cells,
             skipped: Vec::new(),
         }

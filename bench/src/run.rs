@@ -13,7 +13,6 @@ use crate::counting::{self, Counts};
 use crate::kernel;
 use crate::link::SECTOR;
 use crate::load::{self, Load, Until};
-use crate::machine;
 use crate::options::Options;
 use crate::progress;
 use crate::results::{Cell, Machine, Measurement, Results, Skipped};
@@ -34,7 +33,7 @@ struct Entrant {
 /// # Errors
 /// Nothing can be measured, or the user wants an end. A contender that fails alone is left out, and said to be.
 pub(crate) fn run(options: &Options) -> Result<Results> {
-    let machine = this_machine()?;
+    let machine = machine()?;
     for wanted in &options.rows {
         let known = rows::all()
             .iter()
@@ -59,7 +58,6 @@ pub(crate) fn run(options: &Options) -> Result<Results> {
     let each = options.seconds + WARM.as_secs_f64();
     let time = each * f64::from(options.rounds) * (entrants.len() * rows.len()) as f64;
     progress(&format!("measuring for about {:.0} s", time));
-    let machine_costs = machine::costs()?;
     let mut calibration = Vec::new();
     for round in 0..options.rounds {
         calibration.push(calibrate()?);
@@ -99,7 +97,6 @@ pub(crate) fn run(options: &Options) -> Result<Results> {
         seconds: options.seconds,
         disk_bytes: setup.size,
         calibration,
-        machine_costs,
         cells,
         skipped,
     })
@@ -320,7 +317,7 @@ fn write_file(path: &Path, size: u64) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
-fn this_machine() -> Result<Machine> {
+fn machine() -> Result<Machine> {
     let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let processor = processor
         .lines()

@@ -28,9 +28,6 @@ pub(crate) fn render(results: &Results, style: Style) -> String {
         results.disk_bytes >> 20,
     );
     table(&mut out, style, 1, &calibration(results));
-    if !results.machine_costs.is_empty() {
-        table(&mut out, style, 2, &machine_costs(results));
-    }
     table(&mut out, style, 2, &measurements(results));
     let goals = goals(results);
     if goals.len() > 1 {
@@ -57,26 +54,6 @@ fn calibration(results: &Results) -> Vec<Vec<String>> {
     ];
     for (name, summary) in rows {
         lines.push(vec![name.to_owned(), median(summary), spread(summary)]);
-    }
-    lines
-}
-
-fn machine_costs(results: &Results) -> Vec<Vec<String>> {
-    let mut lines = vec![line([
-        "NVMe/TCP machine alone",
-        "digests",
-        "host ns",
-        "controller ns",
-    ])];
-    for cost in &results.machine_costs {
-        let digests = if cost.digests { "yes" } else { "no" };
-        let ns = |ns: f64| format!("{ns:.0}");
-        lines.push(vec![
-            cost.row.to_owned(),
-            digests.to_owned(),
-            ns(cost.host_ns),
-            ns(cost.controller_ns),
-        ]);
     }
     lines
 }
