@@ -2,6 +2,8 @@
 
 CARGO ?= cargo
 ROUNDS ?= 10
+# Of fuzzing, for each target. The shell has a variable of this name, which make does not see.
+SECONDS ?= 60
 # Both ends of NVMe/TCP in virtual time, with faults: the feature is in no other build.
 SIMULATION = -p nvmf --features sim --lib --test simulation
 # The guest tests use the release build of the daemon, or the one that VHOST_NVMF_BIN names.
@@ -12,7 +14,7 @@ GUEST_TESTS = $(CARGO) test -p guest-tests --test linux_guest -- --nocapture --t
 SANITIZE = PROPTEST_CASES=16 $(CARGO) test \
 	--config 'target."cfg(all())".runner = ["valgrind", "-q", "--error-exitcode=9", "--leak-check=no"]'
 
-.PHONY: help boot test guest-test sanitize soak bench
+.PHONY: help boot test guest-test sanitize fuzz soak bench
 
 help:
 	@echo 'make boot               boot a Linux guest from a remote NVMe/TCP namespace and have it check its disk'
@@ -20,6 +22,7 @@ help:
 	@echo 'make test               every test, guests included (under 20 minutes on 2 cores)'
 	@echo 'make guest-test         only the tests that boot guests'
 	@echo 'make sanitize           the tests of memory that is reached by address, under valgrind (about two minutes)'
+	@echo 'make fuzz [SECONDS=60]  fuzz each target for so long, where a nightly toolchain and cargo-fuzz are there'
 	@echo 'make soak [ROUNDS=10]   the tests again and again, by hand'
 	@echo 'make bench              measure the daemon beside other back-ends; ARGS=--help tells more'
 
@@ -42,8 +45,13 @@ guest-test:
 sanitize:
 	qemu-scripts/install-packages build sanitize
 	$(SANITIZE) -p memdesc --tests
+	$(SANITIZE) -p fuzz-targets --test corpora its_corpus
 	$(SANITIZE) -p nvmf --test tcp_machine -- --skip wire:: --skip a_stream_may_be_cut
 	$(SANITIZE) -p nvmf --test tcp_pair --test loopback_pair -- --skip data_of_every_size_survives
+
+# The corpora themselves are replayed by `make test`.
+fuzz:
+	fuzz/run $(SECONDS)
 
 # Runs that hit another interleaving each time, then one guest that goes through its cases ROUNDS times.
 soak:

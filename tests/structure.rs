@@ -493,7 +493,8 @@ fn files(ending: &str) -> Vec<(String, String)> {
                 .unwrap_or_default();
             if path.is_dir() {
                 // What is made there holds sources of other packages, too.
-                let made = directory == root && matches!(name, "target" | "build");
+                let made = directory == root && matches!(name, "target" | "build")
+                    || path == root.join("fuzz/target");
                 if !made && !name.starts_with('.') {
                     directories.push(path);
                 }

@@ -1,0 +1,121 @@
+//! First inputs of the corpora, made of the captured connections in `nvmf/tests/wire`.
+//!
+//! `cargo test -p fuzz-targets --test seeds -- --ignored` writes them anew, after a change of what the
+//! bytes mean.
+#![expect(clippy::unwrap_used, reason = "a test ends when something is missing")]
+
+use std::path::Path;
+
+/// A captured PDU.
+struct Pdu {
+    from_host: bool,
+    bytes: Vec<u8>,
+}
+
+/// Reads a fixture; its format is described in `nvmf/tests/wire/README.md`.
+fn parse(text: &str) -> Vec<Pdu> {
+    let mut pdus: Vec<Pdu> = Vec::new();
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        if line.starts_with(['>', '<']) {
+            let from_host = line.starts_with('>');
+            let bytes = Vec::new();
+            pdus.push(Pdu { from_host, bytes });
+            continue;
+        }
+        let bytes = &mut pdus.last_mut().unwrap().bytes;
+        let byte = |hex: &str| u8::from_str_radix(hex, 16).unwrap();
+        for word in line.split_whitespace() {
+            if let Some((value, times)) = word.split_once('*') {
+                bytes.extend(std::iter::repeat_n(byte(value), times.parse().unwrap()));
+            } else {
+                bytes.extend((0..word.len()).step_by(2).map(|at| byte(&word[at..at + 2])));
+            }
+        }
+    }
+    pdus
+}
+
+/// What begins the input of a machine: digests as negotiated, the smallest alignment, limits that
+/// the captures keep to.
+fn limits(digests: u8, admin: bool) -> Vec<u8> {
+    vec![digests | u8::from(admin) << 2, 0, 0, 3, 2, 3]
+}
+
+/// As raw bytes: a decision that says so, a length, and, where the target asks, how to cut.
+fn raw(bytes: &[u8], decision: u8, most: usize, cut: Option<u8>) -> Vec<u8> {
+    let mut program = Vec::new();
+    for piece in bytes.chunks(most) {
+        program.extend([decision, piece.len() as u8]);
+        program.extend(piece);
+        program.extend(cut);
+    }
+    program
+}
+
+fn write(target: &str, name: &str, input: &[u8]) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
+    std::fs::create_dir_all(root.join(target)).unwrap();
+    std::fs::write(root.join(target).join(name), input).unwrap();
+}
+
+#[test]
+#[ignore = "writes into the tree"]
+fn written_anew() {
+    let wire = Path::new(env!("CARGO_MANIFEST_DIR")).join("../nvmf/tests/wire");
+    for entry in std::fs::read_dir(wire).unwrap() {
+        let path = entry.unwrap().path();
+        let file = path.file_name().unwrap().to_str().unwrap();
+        let Some(name) = file.strip_suffix(".hex") else {
+            continue;
+        };
+        let pdus = parse(&std::fs::read_to_string(&path).unwrap());
+        let (req, resp) = (&pdus[0].bytes, &pdus[1].bytes);
+        let asked = req[11];
+        // Whole PDUs in place of our own, of the digests that were asked for.
+        let ours = [asked, 3, 2, 1];
+        let handshake = |choice: u8, pdu: &[u8]| [&[choice], &ours[..], &ours[..], pdu].concat();
+        write("handshake", &format!("{name}-req"), &handshake(8, req));
+        write("handshake", &format!("{name}-resp"), &handshake(12, resp));
+
+        let start = limits(resp[11], name.contains("admin"));
+        let (mut framer, mut host, mut controller) = (start.clone(), start.clone(), start);
+        // A controller, cut in pieces of 1, 7, 24 and 72 bytes.
+        framer.extend([0, 0, 6, 23, 71]);
+        host.push(6);
+        controller.extend([6, 0]);
+        for pdu in &pdus[2..] {
+            if pdu.from_host {
+                framer.extend(raw(&pdu.bytes, 0xff, 99, None));
+                controller.extend(raw(&pdu.bytes, 4, 199, Some(0x8f)));
+                // Take the command, answer it, and send that.
+                controller.extend([5, 8, 0, 0, 9, 3, 10, 0]);
+            } else {
+                host.extend(raw(&pdu.bytes, 7, 199, Some(0x8f)));
+                host.extend([3, 10, 1, 0x80, 0, 1]);
+            }
+        }
+        write("framer", name, &framer);
+        write("host", name, &host);
+        write("controller", name, &controller);
+    }
+    // A good Connect, and then commands: properties read and set, Identify, log pages, features.
+    let good = [0, 0, 0];
+    let enable = [1, 1, 0, 1, 0, 0];
+    write("connect", "good", &good);
+    for (at, command) in (0..6u8).flat_map(|it| [(it, [1, it, 1, 0]), (it, [2, it, 6, 2])]) {
+        let program = [
+            &good[..],
+            &enable,
+            &command,
+            &enable,
+            &command,
+            &[8, 0, 0, 0],
+        ]
+        .concat();
+        write(
+            "connect",
+            &format!("commands-{at}-{}", command[0]),
+            &program,
+        );
+    }
+}
