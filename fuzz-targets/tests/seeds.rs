@@ -52,7 +52,11 @@ fn raw(bytes: &[u8], decision: u8, most: usize, cut: Option<u8>) -> Vec<u8> {
     program
 }
 
+/// Longest seed in bytes: what fuzzing works on is shorter still.
+const MAX_LEN: usize = 8192;
+
 fn write(target: &str, name: &str, input: &[u8]) {
+    let input = &input[..input.len().min(MAX_LEN)];
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
     std::fs::create_dir_all(root.join(target)).unwrap();
     std::fs::write(root.join(target).join(name), input).unwrap();
