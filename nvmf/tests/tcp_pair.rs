@@ -266,57 +266,6 @@ fn with_data_digests_each_side_copies_once_what_it_sends_and_nothing_that_it_rec
 }
 
 #[test]
-fn a_failed_command_gives_its_memory_back_and_the_queue_goes_on() {
-    let registry = Registry::with_defaults();
-    let (mut host, mut controller) = pairs(&registry, false, OFF);
-    let mut shelf = Shelf::default();
-    let data = MemSource::from_bytes(vec![7; 100_000]);
-    host.submit(Sqe::new(9, 1), Transfer::Out(data), 1).unwrap();
-    let completion = loop {
-        step(&mut *host);
-        step(&mut *controller);
-        shelf.turn(&mut *controller);
-        if let Some(completion) = host.completion() {
-            break completion;
-        }
-    };
-    assert_eq!(completion.cqe.status(), Status::INVALID_OPCODE);
-    assert!(matches!(completion.transfer, Transfer::Out(source) if source.len() == 100_000));
-    assert_eq!(host.room(), QUEUE_SIZE as usize - 1);
-}
-
-#[test]
-fn losing_the_peer_completes_everything_once_as_aborted() {
-    let registry = Registry::with_defaults();
-    let (mut host, controller) = pairs(&registry, false, OFF);
-    for token in 0..5 {
-        let sink = MemSink::from_bytes(vec![0; 4096]);
-        host.submit(Sqe::new(READ, 1), Transfer::In(sink), token)
-            .unwrap();
-    }
-    step(&mut *host);
-    drop(controller);
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while host.ending().is_none() && Instant::now() < deadline {
-        step(&mut *host);
-    }
-    assert!(matches!(
-        host.ending(),
-        Some(Ending::Closed | Ending::Lost(_))
-    ));
-    let mut tokens = Vec::new();
-    while let Some(completion) = host.completion() {
-        assert_eq!(completion.cqe.status(), Status::ABORTED_BY_HOST);
-        tokens.push(completion.token);
-    }
-    tokens.sort_unstable();
-    assert_eq!(tokens, [0, 1, 2, 3, 4]);
-    assert!(host.submit(Sqe::new(READ, 1), Transfer::None, 9).is_err());
-    drop(host);
-    assert_eq!(registry.queue_pairs("tcp"), 0);
-}
-
-#[test]
 fn a_peer_that_speaks_nonsense_is_told_once_and_left() {
     let registry = Registry::with_defaults();
     let (host, controller) = connections(OFF);

@@ -196,3 +196,54 @@ fn a_guest_that_cannot_flush_has_all_its_writes_on_the_medium() {
     drop(disk);
     assert_eq!(image.bytes(9), [5, 5, 5, 5, 5, 5, 5, 5, 0]);
 }
+
+#[test]
+fn a_worker_sleeps_while_a_request_is_held_back_and_after_it() {
+    let wake_ups = |disk: &Disk| -> u64 {
+        let of = |process: &crate::process::Process| -> u64 {
+            let switches = process.context_switches().into_iter();
+            let workers = switches.filter(|(name, _)| name.starts_with("worker-"));
+            workers.map(|(_, switches)| switches).sum()
+        };
+        of(&disk.attach.process) + disk.export.as_ref().map_or(0, |e| of(&e.process))
+    };
+    // One that spins is not woken, either.
+    let ticks = |disk: &Disk| -> u64 {
+        let of = |process: &crate::process::Process| -> u64 {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid()));
+            let stat = stat.expect("it runs");
+            let (_, fields) = stat.rsplit_once(')').expect("a name");
+            let fields: Vec<&str> = fields.split_whitespace().collect();
+            let number = |at: usize| fields[at].parse::<u64>().expect("a number");
+            number(11) + number(12)
+        };
+        of(&disk.attach.process) + disk.export.as_ref().map_or(0, |e| of(&e.process))
+    };
+    let seen = |disk: &Disk| (wake_ups(disk), ticks(disk));
+    let still = |disk: &Disk, (wakes, ticks): (u64, u64), when: &str| {
+        let (now, burnt) = seen(disk);
+        assert_eq!(now, wakes, "{when}");
+        assert!(burnt - ticks <= 5, "{} ticks of CPU {when}", burnt - ticks);
+    };
+    let idle = Duration::from_millis(400);
+    for disk in Disk::both("ram:8M,fault=delay=1s:read:lba=0,fault=hang:read:lba=8") {
+        let mut driver = Driver::connect(&disk.attach.socket, 1, 128, 1 << 20);
+        for sector in [0, 8, 16] {
+            let at = sector * 512;
+            assert!(driver.add(0, Direction::Read, at as u64, (at, 512), sector));
+        }
+        driver.kick(0);
+        assert_eq!(driver.wait(0, 1), [16]);
+        std::thread::sleep(Duration::from_millis(100));
+        let before = seen(&disk);
+        std::thread::sleep(idle);
+        still(&disk, before, "while they are held back");
+        assert_eq!(driver.wait(0, 1), [0]);
+        std::thread::sleep(Duration::from_millis(100));
+        let before = seen(&disk);
+        std::thread::sleep(idle);
+        still(&disk, before, "after the timer");
+        drop(driver);
+        disk.stop();
+    }
+}

@@ -219,7 +219,8 @@ impl QPair<Controller> {
         Ok(())
     }
 
-    /// Queues data for the host; `last` with the final piece. One piece at a time.
+    /// Queues data for the host; `last` with the final piece, which the one that reaches the end of the
+    /// command's data is in any case. One piece at a time.
     ///
     /// # Errors
     /// The status to answer with.
@@ -237,7 +238,7 @@ impl QPair<Controller> {
         slot.outgoing = Some(Outgoing {
             next: offset,
             end,
-            last,
+            last: last || end == slot.data_len,
         });
         role.tx.push_back(Tx::Data(index));
         Ok(())

@@ -280,7 +280,8 @@ pub trait ControllerQueuePair: QueuePair {
 
     /// Fetches host data `offset..offset + sink.len()` of a command into `sink`;
     /// [`ControllerEvent::Fetched`] follows. May be called several times: the next range begins where
-    /// the one before it ended, and is fetched after it.
+    /// the one before it ended, and is fetched after it. The caller knows which way a command's data
+    /// goes; not every transport does.
     ///
     /// # Errors
     /// The sink comes back with the status to answer, when the range is not inside the command's
@@ -292,7 +293,8 @@ pub trait ControllerQueuePair: QueuePair {
         sink: MemSink,
     ) -> Result<(), (MemSink, Status)>;
 
-    /// Sends data of a command to the host: ranges in order from 0, `last` with the final one.
+    /// Sends data of a command to the host: ranges in order from 0, `last` with the final one, which
+    /// the one that reaches the end of the command's data is in any case.
     /// [`ControllerEvent::Sent`] follows; the next range may be sent then.
     ///
     /// # Errors
