@@ -36,6 +36,8 @@ pub(super) struct Config {
     pub(super) burst: usize,
     /// Media errors in percent.
     pub(super) errors: usize,
+    /// Turns of the host in which it gives a command up, in percent.
+    pub(super) abandoned: usize,
     /// Most time that a direction stalls, or a step of the media takes.
     pub(super) stall: usize,
     pub(super) latency: usize,
@@ -64,6 +66,7 @@ impl Config {
             most_bytes: 0,
             burst: 1,
             errors: 0,
+            abandoned: 0,
             stall: 0,
             latency: 1,
         };
@@ -107,6 +110,7 @@ impl Config {
         self.most_bytes = self.piece.min(self.room) * 64;
         self.burst = one_of(random, &[1, 4, 32]);
         self.errors = one_of(random, &[0, 0, 3, 15]);
+        self.abandoned = one_of(random, &[0, 0, 1, 5]);
         self.stall = one_of(random, &[0, 20, 200]);
         self.latency = one_of(random, &[1, 10, 100]);
     }
@@ -115,6 +119,8 @@ impl Config {
     pub(super) fn hurry(&mut self) {
         self.piece = 1 << 18;
         self.room = 1 << 18;
+        self.errors = 0;
+        self.abandoned = 0;
     }
 
     pub(super) fn digests(&self) -> Digests {

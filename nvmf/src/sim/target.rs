@@ -24,7 +24,7 @@ enum Stage {
     Working(Vec<u8>),
     /// Its data is being sent.
     Sending { data: Vec<u8>, sent: usize },
-    /// Answered; a piece that was sent has not come back.
+    /// Answered; a buffer has not come back.
     Answered,
 }
 
@@ -107,6 +107,7 @@ impl TargetSide {
         }
         self.events(state)?;
         self.start_due(state)?;
+        self.fail_some(state)?;
         again |= self.pair.flush(&mut self.ready);
         self.again = again;
         self.events(state)?;
@@ -221,6 +222,27 @@ impl TargetSide {
         self.work(state, tag, Vec::new())
     }
 
+    /// Answers some command whose data is on the way: the rest is not wanted any more.
+    fn fail_some(&mut self, state: &mut State) -> Result<(), String> {
+        if !state.random.percent(self.config.errors) {
+            return Ok(());
+        }
+        let fetching = |slot: &Option<Slot>| {
+            matches!(
+                slot,
+                Some(Slot {
+                    stage: Stage::Fetching(_),
+                    lent: true,
+                    ..
+                })
+            )
+        };
+        match self.slots.iter().position(fetching) {
+            Some(index) => self.respond(CommandTag(index as u16), Err(Status::WRITE_FAULT)),
+            None => Ok(()),
+        }
+    }
+
     fn fetch_next(&mut self, state: &mut State, tag: CommandTag) -> Result<(), String> {
         let slot = self.slot(tag, "fetch")?;
         let Stage::Fetching(have) = &slot.stage else {
@@ -258,8 +280,14 @@ impl TargetSide {
             return Err("a sink came back twice".to_owned());
         }
         let len = slot.len;
-        let Stage::Fetching(have) = &mut slot.stage else {
-            return Err("data out of turn".to_owned());
+        let have = match &mut slot.stage {
+            Stage::Fetching(have) => have,
+            // All of it may have come just before.
+            Stage::Answered => {
+                self.slots[usize::from(tag.0)] = None;
+                return Ok(());
+            }
+            _ => return Err("data out of turn".to_owned()),
         };
         if result.is_err() && over {
             return Ok(());

@@ -47,8 +47,10 @@ pub struct Report {
     pub succeeded: u64,
     /// Those that the controller failed, or that were not believed.
     pub failed: u64,
-    /// Those that were lost with a connection.
+    /// Those that were lost with a connection, or given up in time.
     pub lost: u64,
+    /// Those that the host gave up, whatever came of it.
+    pub abandoned: u64,
     /// Steps of virtual time.
     pub steps: u64,
     /// Faults that came to pass.
