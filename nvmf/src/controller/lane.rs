@@ -532,6 +532,14 @@ impl Lane for TargetLane {
     }
 }
 
+#[cfg(feature = "sim")]
+impl TargetLane {
+    /// How the queue pair ended.
+    pub(super) fn ending(&self) -> Option<&crate::transport::Ending> {
+        self.pair.ending()
+    }
+}
+
 impl TargetLane {
     /// Waits for every operation on lent memory, and gives that back.
     fn restore_all(&mut self) {
