@@ -108,6 +108,11 @@ impl BackendIo {
         engine + self.backlog.len() + self.done.len() + waiting
     }
 
+    /// Operations are done, and no descriptor says so: what was not taken of [`Self::finish`].
+    pub fn has_done(&self) -> bool {
+        !self.done.is_empty()
+    }
+
     /// Reports an operation as done: for backends that need no engine, and for refusals.
     pub fn finish(&mut self, token: u32, transfer: Transfer, result: Result<(), Status>) {
         self.done.push_back(Done {
