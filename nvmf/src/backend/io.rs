@@ -56,6 +56,8 @@ pub struct BackendIo {
     /// What decorators have left for later; made by the first that does. After the engine, which
     /// may use memory of theirs.
     later: Option<Box<Later>>,
+    #[cfg(feature = "sim")]
+    simulated: Option<crate::sim::Mailbox>,
 }
 
 impl BackendIo {
@@ -68,6 +70,8 @@ impl BackendIo {
             done: VecDeque::new(),
             generation: 0,
             later: None,
+            #[cfg(feature = "sim")]
+            simulated: None,
         }
     }
 
@@ -91,6 +95,10 @@ impl BackendIo {
 
     /// Operations that were submitted and whose [`Done`] was not taken.
     pub fn in_flight(&self) -> usize {
+        #[cfg(feature = "sim")]
+        if let Some(mailbox) = &self.simulated {
+            return mailbox.in_flight() + self.done.len();
+        }
         let engine = match &self.state {
             State::Unused | State::Failed => 0,
             State::Ring(ring) => ring.in_flight(),
@@ -98,6 +106,11 @@ impl BackendIo {
         };
         let waiting = self.later.as_ref().map_or(0, |later| later.waiting());
         engine + self.backlog.len() + self.done.len() + waiting
+    }
+
+    /// Operations are done, and no descriptor says so: what was not taken of [`Self::finish`].
+    pub fn has_done(&self) -> bool {
+        !self.done.is_empty()
     }
 
     /// Reports an operation as done: for backends that need no engine, and for refusals.
@@ -211,7 +224,17 @@ impl BackendIo {
         }
     }
 
+    /// Takes what is done from there, too.
+    #[cfg(feature = "sim")]
+    pub(crate) fn simulate(&mut self, mailbox: &crate::sim::Mailbox) {
+        self.simulated.get_or_insert_with(|| mailbox.clone());
+    }
+
     fn engine_done(&mut self) -> Option<Done> {
+        #[cfg(feature = "sim")]
+        if let Some(done) = self.simulated.as_ref().and_then(|mailbox| mailbox.take()) {
+            return Some(done);
+        }
         if let Some(done) = self.done.pop_front() {
             return Some(done);
         }

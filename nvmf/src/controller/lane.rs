@@ -510,11 +510,13 @@ impl Lane for TargetLane {
         if self.waiting.is_empty() {
             again |= self.io.flush();
         } else {
-            // What was sent gives its buffers back.
+            // What was sent gives its buffers back. What that makes possible, and was done at once, no
+            // descriptor announces: it is answered in the next turn.
             again |= self.events();
             self.wake_waiting();
             again |= self.io.flush();
             again |= self.pair.flush(pair_ready);
+            again |= self.io.has_done();
         }
         if self.pair.ending().is_none() {
             return if again { Turn::Again } else { Turn::Idle };
@@ -529,6 +531,14 @@ impl Lane for TargetLane {
             (false, 0) => Turn::Ended,
             (false, _) => Turn::Idle,
         }
+    }
+}
+
+#[cfg(feature = "sim")]
+impl TargetLane {
+    /// How the queue pair ended.
+    pub(super) fn ending(&self) -> Option<&crate::transport::Ending> {
+        self.pair.ending()
     }
 }
 

@@ -30,6 +30,8 @@ mod quota;
 mod ranges;
 mod registers;
 mod session;
+#[cfg(feature = "sim")]
+mod simulated;
 mod subsystem;
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -41,6 +43,8 @@ use crate::spec::Nqn;
 use crate::transport::{Counters, Lane, Registry};
 pub use lane::TargetLane;
 pub use port::{BindError, LocalPort, Port};
+#[cfg(feature = "sim")]
+pub(crate) use simulated::SimulatedLane;
 pub use subsystem::{Namespace, NamespaceError, Subsystem};
 
 /// Smallest memory page that the controller declares (CAP.MPSMIN 0), in bytes.

@@ -36,6 +36,10 @@ pub(super) struct Config {
     pub(super) burst: usize,
     /// Media errors in percent.
     pub(super) errors: usize,
+    /// The product's target lane serves it.
+    pub(super) lane: bool,
+    /// Turns of the host in which it gives a command up, in percent.
+    pub(super) abandoned: usize,
     /// Most time that a direction stalls, or a step of the media takes.
     pub(super) stall: usize,
     pub(super) latency: usize,
@@ -64,6 +68,8 @@ impl Config {
             most_bytes: 0,
             burst: 1,
             errors: 0,
+            lane: false,
+            abandoned: 0,
             stall: 0,
             latency: 1,
         };
@@ -107,6 +113,8 @@ impl Config {
         self.most_bytes = self.piece.min(self.room) * 64;
         self.burst = one_of(random, &[1, 4, 32]);
         self.errors = one_of(random, &[0, 0, 3, 15]);
+        self.lane = random.percent(40);
+        self.abandoned = one_of(random, &[0, 0, 1, 5]);
         self.stall = one_of(random, &[0, 20, 200]);
         self.latency = one_of(random, &[1, 10, 100]);
     }
@@ -115,6 +123,8 @@ impl Config {
     pub(super) fn hurry(&mut self) {
         self.piece = 1 << 18;
         self.room = 1 << 18;
+        self.errors = 0;
+        self.abandoned = 0;
     }
 
     pub(super) fn digests(&self) -> Digests {

@@ -134,6 +134,8 @@ pub(super) struct Interference {
     muted: Option<u16>,
     /// Commands that were answered.
     answered: BTreeSet<u16>,
+    /// Commands that the host gave up.
+    forgotten: BTreeSet<u16>,
 }
 
 impl Interference {
@@ -152,7 +154,21 @@ impl Interference {
             ways: [way(), way()],
             muted: None,
             answered: BTreeSet::new(),
+            forgotten: BTreeSet::new(),
         }
+    }
+
+    /// A command with this CID begins.
+    pub(super) fn remember(&mut self, cid: u16) {
+        self.forgotten.remove(&cid);
+    }
+
+    /// The host gives a command up: it is not hit. False when it may have been.
+    pub(super) fn forget(&mut self, cid: u16) -> bool {
+        if !self.landed {
+            self.forgotten.insert(cid);
+        }
+        !self.landed
     }
 
     pub(super) fn landed(&self) -> bool {
@@ -247,7 +263,8 @@ impl Interference {
         } else if from == Side::Controller && answers {
             self.answered.insert(cid);
         }
-        if self.landed || !self.applies(from, header, body, handed, cid) {
+        let spared = self.landed || self.forgotten.contains(&cid);
+        if spared || !self.applies(from, header, body, handed, cid) {
             return Verdict::Pass;
         }
         if self.spare > 0 {

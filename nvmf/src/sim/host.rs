@@ -10,7 +10,9 @@ use super::pipe::Pipe;
 use super::world::{Config, State};
 use crate::spec::opcode::nvm;
 use crate::spec::{Sqe, Status};
-use crate::transport::{Completion, Ending, HostQueuePair, Ready, RejectedReason, Transfer};
+use crate::transport::{
+    CommandId, Completion, Ending, HostQueuePair, Ready, RejectedReason, Transfer,
+};
 
 /// Namespace of every command.
 pub(super) const NSID: u32 = 1;
@@ -34,6 +36,7 @@ struct Issued {
     buffer: Option<Buffer>,
     /// Where its memory is, to know it again.
     base: usize,
+    abandoned: bool,
 }
 
 /// See the module.
@@ -110,8 +113,34 @@ impl HostSide {
             }
             state.left -= 1;
         }
+        self.abandon_one(state)?;
         again |= self.pair.flush(&mut self.ready);
         self.again = again;
+        self.complete(state)
+    }
+
+    /// Gives some command up, now and then.
+    fn abandon_one(&mut self, state: &mut State) -> Result<(), String> {
+        if !state.random.percent(self.config.abandoned) || self.ending.is_some() {
+            return Ok(());
+        }
+        let at = state.random.below(self.issued.len());
+        let chosen = self.issued.values_mut().nth(at);
+        let Some(issued) = chosen.filter(|it| !it.abandoned) else {
+            return Ok(());
+        };
+        // What a fault does to a command is judged only while somebody waits for it.
+        if !self.pipe.forget(issued.cid) {
+            return Ok(());
+        }
+        issued.abandoned = true;
+        let cid = issued.cid;
+        state.report.abandoned += 1;
+        if !self.pair.abandon(CommandId(cid)) {
+            return Err(format!(
+                "CID {cid:#x} is outstanding and could not be abandoned"
+            ));
+        }
         self.complete(state)
     }
 
@@ -222,7 +251,9 @@ impl HostSide {
             began,
             buffer,
             base,
+            abandoned: false,
         };
+        self.pipe.begun(cid);
         self.issued.insert(token, issued);
         Ok(())
     }
@@ -317,9 +348,12 @@ impl HostSide {
             .expect(|expect| expect.take_failing(issued.cid).filter(|_| !aborted));
         if self.ending.is_none() {
             self.pipe.retired(issued.cid)?;
-            self.check_sqhd(cqe.sqhd.get(), sqhd_valid, failing)?;
+            if !aborted {
+                self.check_sqhd(cqe.sqhd.get(), sqhd_valid, failing)?;
+            }
         }
-        check_status(&issued.what, status, failing, self.ending.is_some())?;
+        let may_abort = self.ending.is_some() || issued.abandoned;
+        check_status(&issued.what, status, failing, may_abort)?;
         if status.is_success() && transferred as usize != len {
             return Err(format!("a success with {transferred} bytes of {len}"));
         }
@@ -419,7 +453,7 @@ fn check_status(
     what: &What,
     status: Status,
     failing: Option<Failing>,
-    ended: bool,
+    may_abort: bool,
 ) -> Result<(), String> {
     let is = |allowed: &[Status]| allowed.iter().any(|it| it.code() == status.code());
     let of_media = [Status::WRITE_FAULT, Status::UNRECOVERED_READ_ERROR];
@@ -431,7 +465,7 @@ fn check_status(
         Some(Failing::Early) => is(&[Status::INTERNAL_ERROR]),
         None if status.is_success() || is(&of_media) => true,
         None if is(&[Status::COMPARE_FAILURE]) => matches!(what, What::Compare { .. }),
-        None => ended && is(&[Status::ABORTED_BY_HOST]),
+        None => may_abort && is(&[Status::ABORTED_BY_HOST]),
     };
     if good {
         Ok(())

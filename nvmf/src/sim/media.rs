@@ -15,6 +15,12 @@ pub(super) enum Work {
     Flush,
 }
 
+impl Work {
+    pub(super) fn reads(&self) -> bool {
+        matches!(self, Self::Read { .. })
+    }
+}
+
 /// The end of an operation.
 #[derive(Debug)]
 pub(super) struct Finished {

@@ -206,6 +206,18 @@ impl Pipe {
         look(&mut self.lock().expect)
     }
 
+    /// The host begins a command with this CID.
+    pub(super) fn begun(&self, cid: u16) {
+        let mut shared = self.lock();
+        shared.retired.remove(&cid);
+        shared.interference.remember(cid);
+    }
+
+    /// The host gives a command up: no fault may hit it. False when one may have.
+    pub(super) fn forget(&self, cid: u16) -> bool {
+        self.lock().interference.forget(cid)
+    }
+
     /// The host reports that a command is over: its memory is no longer sent from.
     pub(super) fn retired(&self, cid: u16) -> Result<(), String> {
         let mut shared = self.lock();
@@ -285,6 +297,27 @@ impl Shared {
         }
     }
 
+    /// Looks at what a side hands over to be sent.
+    fn hand_over(&mut self, side: Side, bytes: &[u8]) {
+        let handed = &mut self.ways[side.index()].handed;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (used, step) = handed.step(rest);
+            rest = &rest[used..];
+            let header = handed.header();
+            match (step, header.kind(), header.cid()) {
+                // A capsule that was given up may leave; what it carries may not.
+                (Step::Header, kind::CAPSULE_CMD | kind::H2C_DATA, Some(cid))
+                    if handed.left() > 0 && self.retired.contains(&cid) =>
+                {
+                    let what = format!("data was sent for CID {cid:#x}, which was over");
+                    self.expect.violate(what);
+                }
+                _ => {}
+            }
+        }
+    }
+
     fn reset(&mut self) {
         self.reset = true;
         for way in &mut self.ways {
@@ -325,6 +358,8 @@ impl PipeEnd {
         }
         let way = &mut shared.ways[self.side.index()];
         if way.deaf || way.shut {
+            // Nobody will read it.
+            shared.hand_over(self.side, &copy(len));
             return Ok(len);
         }
         let room = way.room.saturating_sub(way.sent.len());
@@ -336,23 +371,8 @@ impl PipeEnd {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let bytes = copy(room.min(len));
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            let (used, step) = way.handed.step(rest);
-            rest = &rest[used..];
-            let header = way.handed.header();
-            match (step, header.kind(), header.cid()) {
-                (Step::Header, kind::CAPSULE_CMD, Some(cid)) => {
-                    shared.retired.remove(&cid);
-                }
-                (Step::Header, kind::H2C_DATA, Some(cid)) if shared.retired.contains(&cid) => {
-                    let what = format!("data was sent for CID {cid:#x}, which was over");
-                    shared.expect.violate(what);
-                }
-                _ => {}
-            }
-        }
         way.sent.extend(&bytes);
+        shared.hand_over(self.side, &bytes);
         Ok(bytes.len())
     }
 

@@ -13,6 +13,23 @@ use crate::spec::{Cqe, Sqe, Status};
 use crate::transport::{Command, CommandTag, ControllerEvent, ControllerQueuePair, Ending, Ready};
 use memdesc::{MemSink, MemSource};
 
+/// What serves the controller's end of a connection.
+pub(super) trait ControllerSide {
+    fn ending(&self) -> Option<&Ending>;
+    /// A driver would call it now.
+    fn is_due(&self, now: u64) -> bool;
+    /// When it goes on by itself.
+    fn next_start(&self) -> Option<u64>;
+    /// One turn of a driver.
+    fn turn(&mut self, state: &mut State) -> Result<(), String>;
+    /// Ends the connection from this side.
+    fn end(&mut self, state: &mut State) -> Result<(), String>;
+    /// The media have done an operation of this connection.
+    fn done(&mut self, state: &mut State, done: Finished) -> Result<(), String>;
+    /// What must hold once the connection is over.
+    fn check_over(&mut self) -> Result<(), String>;
+}
+
 /// Where a command stands.
 #[derive(Debug)]
 enum Stage {
@@ -24,7 +41,7 @@ enum Stage {
     Working(Vec<u8>),
     /// Its data is being sent.
     Sending { data: Vec<u8>, sent: usize },
-    /// Answered; a piece that was sent has not come back.
+    /// Answered; a buffer has not come back.
     Answered,
 }
 
@@ -69,55 +86,6 @@ impl TargetSide {
             slots: Vec::new(),
             ending: None,
         }
-    }
-
-    pub(super) fn ending(&self) -> Option<&Ending> {
-        self.ending.as_ref()
-    }
-
-    /// A driver would call it now.
-    pub(super) fn is_due(&self, now: u64) -> bool {
-        let writable = self.pair.interest().writable;
-        self.ending.is_none()
-            && (self.again
-                || self.pipe.is_news(Side::Controller, writable)
-                || self.next_start().is_some_and(|at| at <= now))
-    }
-
-    /// When a command that waits is to go on.
-    pub(super) fn next_start(&self) -> Option<u64> {
-        let waiting = self
-            .slots
-            .iter()
-            .flatten()
-            .filter_map(|slot| match slot.stage {
-                Stage::Waiting(until) => Some(until),
-                _ => None,
-            });
-        waiting.min().filter(|_| self.ending.is_none())
-    }
-
-    /// One turn of a driver.
-    pub(super) fn turn(&mut self, state: &mut State) -> Result<(), String> {
-        let writable = self.pair.interest().writable;
-        let news = self.pipe.poll(Side::Controller, writable, &mut self.ready);
-        let mut again = false;
-        if news || self.again || self.ready.readable {
-            again |= self.pair.progress(&mut self.ready);
-        }
-        self.events(state)?;
-        self.start_due(state)?;
-        again |= self.pair.flush(&mut self.ready);
-        self.again = again;
-        self.events(state)?;
-        self.watch_ending()
-    }
-
-    /// Ends the connection from this side.
-    pub(super) fn end(&mut self, state: &mut State) -> Result<(), String> {
-        self.pair.end();
-        self.events(state)?;
-        self.watch_ending()
     }
 
     fn watch_ending(&mut self) -> Result<(), String> {
@@ -221,6 +189,27 @@ impl TargetSide {
         self.work(state, tag, Vec::new())
     }
 
+    /// Answers some command whose data is on the way: the rest is not wanted any more.
+    fn fail_some(&mut self, state: &mut State) -> Result<(), String> {
+        if !state.random.percent(self.config.errors) {
+            return Ok(());
+        }
+        let fetching = |slot: &Option<Slot>| {
+            matches!(
+                slot,
+                Some(Slot {
+                    stage: Stage::Fetching(_),
+                    lent: true,
+                    ..
+                })
+            )
+        };
+        match self.slots.iter().position(fetching) {
+            Some(index) => self.respond(CommandTag(index as u16), Err(Status::WRITE_FAULT)),
+            None => Ok(()),
+        }
+    }
+
     fn fetch_next(&mut self, state: &mut State, tag: CommandTag) -> Result<(), String> {
         let slot = self.slot(tag, "fetch")?;
         let Stage::Fetching(have) = &slot.stage else {
@@ -258,8 +247,14 @@ impl TargetSide {
             return Err("a sink came back twice".to_owned());
         }
         let len = slot.len;
-        let Stage::Fetching(have) = &mut slot.stage else {
-            return Err("data out of turn".to_owned());
+        let have = match &mut slot.stage {
+            Stage::Fetching(have) => have,
+            // All of it may have come just before.
+            Stage::Answered => {
+                self.slots[usize::from(tag.0)] = None;
+                return Ok(());
+            }
+            _ => return Err("data out of turn".to_owned()),
         };
         if result.is_err() && over {
             return Ok(());
@@ -312,31 +307,6 @@ impl TargetSide {
             .media
             .submit(number, u32::from(tag.0), work, fails, state.now);
         Ok(())
-    }
-
-    /// The media have done an operation of this connection.
-    pub(super) fn done(&mut self, state: &mut State, done: Finished) -> Result<(), String> {
-        if self.ending.is_some() {
-            return Ok(());
-        }
-        self.again = true;
-        let tag = CommandTag(done.token as u16);
-        let slot = self.slot(tag, "a result")?;
-        let Stage::Working(kept) = &mut slot.stage else {
-            return Err("a result out of turn".to_owned());
-        };
-        let kept = std::mem::take(kept);
-        match (slot.sqe.opcode, done.result) {
-            (_, Err(status)) => self.respond(tag, Err(status)),
-            (nvm::READ, Ok(data)) => {
-                slot.stage = Stage::Sending { data, sent: 0 };
-                self.send_next(state, tag)
-            }
-            (nvm::COMPARE, Ok(data)) if data != kept => {
-                self.respond(tag, Err(Status::COMPARE_FAILURE))
-            }
-            _ => self.respond(tag, Ok(())),
-        }
     }
 
     fn send_next(&mut self, state: &mut State, tag: CommandTag) -> Result<(), String> {
@@ -404,9 +374,80 @@ impl TargetSide {
         self.pair.respond(tag, Cqe::new(0, status));
         Ok(())
     }
+}
 
-    /// What must hold once the connection is over.
-    pub(super) fn check_over(&mut self) -> Result<(), String> {
+impl ControllerSide for TargetSide {
+    fn ending(&self) -> Option<&Ending> {
+        self.ending.as_ref()
+    }
+
+    fn is_due(&self, now: u64) -> bool {
+        let writable = self.pair.interest().writable;
+        self.ending.is_none()
+            && (self.again
+                || self.pipe.is_news(Side::Controller, writable)
+                || self.next_start().is_some_and(|at| at <= now))
+    }
+
+    fn next_start(&self) -> Option<u64> {
+        let waiting = self
+            .slots
+            .iter()
+            .flatten()
+            .filter_map(|slot| match slot.stage {
+                Stage::Waiting(until) => Some(until),
+                _ => None,
+            });
+        waiting.min().filter(|_| self.ending.is_none())
+    }
+
+    fn turn(&mut self, state: &mut State) -> Result<(), String> {
+        let writable = self.pair.interest().writable;
+        let news = self.pipe.poll(Side::Controller, writable, &mut self.ready);
+        let mut again = false;
+        if news || self.again || self.ready.readable {
+            again |= self.pair.progress(&mut self.ready);
+        }
+        self.events(state)?;
+        self.start_due(state)?;
+        self.fail_some(state)?;
+        again |= self.pair.flush(&mut self.ready);
+        self.again = again;
+        self.events(state)?;
+        self.watch_ending()
+    }
+
+    fn end(&mut self, state: &mut State) -> Result<(), String> {
+        self.pair.end();
+        self.events(state)?;
+        self.watch_ending()
+    }
+
+    fn done(&mut self, state: &mut State, done: Finished) -> Result<(), String> {
+        if self.ending.is_some() {
+            return Ok(());
+        }
+        self.again = true;
+        let tag = CommandTag(done.token as u16);
+        let slot = self.slot(tag, "a result")?;
+        let Stage::Working(kept) = &mut slot.stage else {
+            return Err("a result out of turn".to_owned());
+        };
+        let kept = std::mem::take(kept);
+        match (slot.sqe.opcode, done.result) {
+            (_, Err(status)) => self.respond(tag, Err(status)),
+            (nvm::READ, Ok(data)) => {
+                slot.stage = Stage::Sending { data, sent: 0 };
+                self.send_next(state, tag)
+            }
+            (nvm::COMPARE, Ok(data)) if data != kept => {
+                self.respond(tag, Err(Status::COMPARE_FAILURE))
+            }
+            _ => self.respond(tag, Ok(())),
+        }
+    }
+
+    fn check_over(&mut self) -> Result<(), String> {
         if self.ending.is_none() {
             return Err("the controller's queue pair did not end".to_owned());
         }

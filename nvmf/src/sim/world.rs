@@ -8,10 +8,11 @@ use super::disk::ModelDisk;
 use super::expect::Side;
 use super::fault::Fault;
 use super::host::HostSide;
+use super::lane::LaneSide;
 use super::media::Media;
 use super::pipe::Pipe;
 use super::random::Random;
-use super::target::TargetSide;
+use super::target::{ControllerSide, TargetSide};
 use super::transport::SimulatedTcp;
 use crate::spec::{Status, trtype};
 use crate::tcp::negotiate::Negotiated;
@@ -47,8 +48,10 @@ pub struct Report {
     pub succeeded: u64,
     /// Those that the controller failed, or that were not believed.
     pub failed: u64,
-    /// Those that were lost with a connection.
+    /// Those that were lost with a connection, or given up in time.
     pub lost: u64,
+    /// Those that the host gave up, whatever came of it.
+    pub abandoned: u64,
     /// Steps of virtual time.
     pub steps: u64,
     /// Faults that came to pass.
@@ -172,7 +175,7 @@ struct Link {
     fault: Fault,
     pipe: Pipe,
     host: HostSide,
-    target: TargetSide,
+    target: Box<dyn ControllerSide>,
     /// Until when each side's stream stands still.
     stalled: [u64; 2],
     /// When a fault that comes at a moment comes.
@@ -224,6 +227,18 @@ impl Link {
             .and_then(|()| registry.open_host(trtype::TCP, host))
             .and_then(|host| Ok((host, registry.open_controller(trtype::TCP, controller)?)));
         let (host, controller) = opened.map_err(|error| error.to_string())?;
+        let target: Box<dyn ControllerSide> = if config.lane {
+            let kept = config.abandoned > 0 || fault == Fault::EarlyAnswer;
+            Box::new(LaneSide::new(
+                controller,
+                pipe.clone(),
+                config,
+                number,
+                kept,
+            )?)
+        } else {
+            Box::new(TargetSide::new(controller, pipe.clone(), config, number))
+        };
         let timed = fault
             .is_timed()
             .then(|| state.now + state.random.between(1, 400) as u64);
@@ -232,7 +247,7 @@ impl Link {
             config: config.clone(),
             fault,
             host: HostSide::new(host, pipe.clone(), config),
-            target: TargetSide::new(controller, pipe.clone(), config, number),
+            target,
             pipe,
             stalled: [0; 2],
             timed,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use memdesc::{MemSink, MemSource};
-use nvmf::backend::{Backend, Engine, FileBackend, RamBackend};
+use nvmf::backend::{Backend, Engine, FileBackend, PowerCutBackend, RamBackend};
 use nvmf::controller::Limits;
 use nvmf::spec::opcode::{fabrics, nvm};
 use nvmf::spec::sqe::DsmRange;
@@ -488,4 +488,32 @@ async fn an_io_queue_that_breaks_off_in_the_middle_of_things_frees_its_place() {
         broken.command(Sqe::flush(3)).await.status(),
         Status::SUCCESS
     );
+}
+
+/// Storage that answers at once, through buffers: nothing but the lane itself can make it go on.
+#[tokio::test]
+async fn reads_that_wait_for_buffers_go_on_when_nothing_else_happens() {
+    const LEN: usize = 64 << 10;
+    let limits = Limits {
+        max_transfer: LEN as u32,
+        lane_buffers: 2 * LEN,
+        ..Limits::default()
+    };
+    let backend = PowerCutBackend::new(ram(SIZE, 512), 1 << 20, 1);
+    let rig = Rig::with(subsystem([Arc::new(backend) as Arc<dyn Backend>]), limits).await;
+    let (admin, cntlid) = rig.associate().await;
+    let mut queue = rig.io_queue(cntlid, 1, 64).await;
+    for round in 0..20 {
+        for token in 0..16 {
+            let sink = MemSink::from_bytes(vec![0xee; LEN]);
+            let read = Sqe::read(1, 0, LEN as u32 / 512);
+            queue.start(read, Transfer::In(sink), token);
+        }
+        for _ in 0..16 {
+            let status = queue.finish().await.cqe.status();
+            assert_eq!(status, Status::SUCCESS, "round {round}");
+        }
+    }
+    drop((queue, admin));
+    rig.stop().await;
 }
