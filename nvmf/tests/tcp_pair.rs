@@ -177,8 +177,17 @@ fn round_trip(
     rounds: usize,
 ) -> (u64, u64) {
     let registry = Registry::with_defaults();
-    let (mut host, mut controller) = pairs(&registry, sq_flow_control, digests);
+    let pairs = pairs(&registry, sq_flow_control, digests);
     assert_eq!(registry.queue_pairs("tcp"), 2);
+    round_trip_over(pairs, lazy, sizes, rounds)
+}
+
+fn round_trip_over(
+    (mut host, mut controller): Pairs,
+    lazy: bool,
+    sizes: &[usize],
+    rounds: usize,
+) -> (u64, u64) {
     let mut shelf = Shelf {
         lazy,
         ..Shelf::default()
@@ -244,6 +253,25 @@ fn data_of_every_size_survives_both_ways() {
                 let rounds = if digests == OFF { 12 } else { 4 };
                 round_trip(sq_flow_control, lazy, digests, &sizes, rounds);
             }
+        }
+    }
+}
+
+#[test]
+fn data_survives_both_ways_with_any_alignment() {
+    let registry = Registry::with_defaults();
+    for (of_host, of_controller) in [(128, 4), (4, 128), (72, 68), (68, 72), (100, 20)] {
+        for digests in ALL {
+            let (mut host, mut controller) = connections(digests);
+            let agreed = &mut host.negotiated;
+            (agreed.rx_align, agreed.tx_align) = (of_host, of_controller);
+            let agreed = &mut controller.negotiated;
+            (agreed.rx_align, agreed.tx_align) = (of_controller, of_host);
+            let host = registry.open_host(trtype::TCP, params(host, false));
+            let controller = registry.open_controller(trtype::TCP, params(controller, false));
+            let pairs = (host.unwrap(), controller.unwrap());
+            let sizes = [1, 4096, 8192, 8193, 16383, 16384, 20000, 131072, 300_000];
+            round_trip_over(pairs, false, &sizes, 4);
         }
     }
 }
