@@ -132,6 +132,7 @@ const CONFINED: &[Edge] = &[
             "std::fmt",
             "std::iter",
             "std::mem",
+            "std::ops",
             "std::time::Duration",
         ],
     },

@@ -1,6 +1,7 @@
 //! The controller's end: commands in, R2T out, H2CData in, C2HData and responses out.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use super::cid_table::CidTable;
 use super::error::{FatalError, Fes};
@@ -101,8 +102,6 @@ struct Slot {
     fetch: Option<Fetch>,
     /// Bytes that were fetched so far, or are being fetched.
     fetched: u32,
-    /// R2Ts that are outstanding, by the lower part of their transfer tag.
-    asked: [Asked; MAX_R2TS],
     /// The next R2T waits for its turn.
     r2t_queued: bool,
     outgoing: Option<Outgoing>,
@@ -137,9 +136,10 @@ pub struct Controller {
     receiving: Option<(u16, u32)>,
     /// R2Ts that the host takes for one command.
     max_r2t: u32,
-    /// R2Ts that a command may have outstanding. Transfer tags are counted by slot and, within it, by
-    /// R2T.
+    /// R2Ts that a command may have outstanding.
     r2ts: u16,
+    /// By transfer tag: as many for each slot.
+    asked: Vec<Asked>,
     queue_size: u32,
     sq_flow_control: bool,
     sqhd: u32,
@@ -293,6 +293,7 @@ impl Controller {
             receiving: None,
             max_r2t,
             r2ts: 1,
+            asked: Vec::new(),
             queue_size,
             sq_flow_control,
             sqhd: 0,
@@ -318,12 +319,20 @@ impl Controller {
             }
             self.cids = cids;
         }
-        let waiting = |slot: &Slot| slot.asked.iter().any(|asked| asked.open);
-        if !self.slots.iter().any(waiting) {
+        if !self.asked.iter().any(|asked| asked.open) {
             // Every transfer tag fits its 16 bits.
             let fit = 65536 / self.slots.len().max(1);
             self.r2ts = (self.max_r2t as usize).min(fit).clamp(1, MAX_R2TS) as u16;
         }
+        let tags = self.slots.len() * usize::from(self.r2ts);
+        self.asked.resize(tags, Asked::default());
+    }
+
+    /// The transfer tags of a slot.
+    fn tags(&self, index: u16) -> Range<usize> {
+        let r2ts = usize::from(self.r2ts);
+        let first = usize::from(index) * r2ts;
+        first..first + r2ts
     }
 
     fn reject(&mut self, cid: u16, status: Status, data_len: u32) -> Window {
@@ -403,9 +412,9 @@ impl Controller {
             return Err(FatalError::field(offset::CCCID, what));
         }
         let index = data.ttag / self.r2ts;
-        let which = usize::from(data.ttag % self.r2ts);
+        let asked = self.asked.get_mut(usize::from(data.ttag));
         let slot = self.slots.get_mut(usize::from(index));
-        let Some(slot) = slot.filter(|slot| slot.busy && slot.asked[which].open) else {
+        let Some((asked, slot)) = asked.filter(|asked| asked.open).zip(slot) else {
             return Err(FatalError::field(
                 offset::TTAG,
                 "data for a transfer tag that is not open",
@@ -416,7 +425,6 @@ impl Controller {
             return Err(FatalError::field(offset::CCCID, what));
         }
         data.check_length()?;
-        let asked = &mut slot.asked[which];
         let Some(fetch) = &mut slot.fetch else {
             // Not so while a tag is open.
             return Err(FatalError::other(Fes::SEQUENCE_ERROR, "unexpected data"));
@@ -456,9 +464,8 @@ impl Controller {
     /// Has a command wait for its turn to ask, if there is something to ask for and one more R2T may
     /// be outstanding.
     fn queue_r2t(&mut self, index: u16) {
+        let free = self.asked[self.tags(index)].iter().any(|asked| !asked.open);
         let slot = &mut self.slots[usize::from(index)];
-        let usable = &slot.asked[..usize::from(self.r2ts)];
-        let free = usable.iter().any(|asked| !asked.open);
         let unasked = slot.fetch.is_some_and(|fetch| fetch.unasked < fetch.end);
         if free && unasked && !slot.r2t_queued {
             slot.r2t_queued = true;
@@ -468,20 +475,20 @@ impl Controller {
 
     /// The next R2T of a command's fetch.
     fn ask(&mut self, index: u16) -> Option<Data> {
-        let r2ts = self.r2ts;
+        let tags = self.tags(index);
         let slot = &mut self.slots[usize::from(index)];
         slot.r2t_queued = false;
         let fetch = slot
             .fetch
             .as_mut()
             .filter(|fetch| fetch.unasked < fetch.end)?;
-        let usable = &mut slot.asked[..usize::from(r2ts)];
-        let which = usable.iter().position(|asked| !asked.open)?;
+        let tag = tags.start + self.asked[tags].iter().position(|asked| !asked.open)?;
         let rest = fetch.end - fetch.unasked;
-        let length = if r2ts > 1 { rest.min(R2T_LEN) } else { rest };
+        let several = self.r2ts > 1;
+        let length = if several { rest.min(R2T_LEN) } else { rest };
         let offset = fetch.unasked;
         fetch.unasked += length;
-        usable[which] = Asked {
+        self.asked[tag] = Asked {
             start: offset,
             end: fetch.unasked,
             open: true,
@@ -491,7 +498,7 @@ impl Controller {
         self.queue_r2t(index);
         Some(Data {
             cccid,
-            ttag: index * r2ts + which as u16,
+            ttag: tag as u16,
             offset,
             length,
             carried: 0,
