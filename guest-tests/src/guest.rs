@@ -21,7 +21,8 @@ use crate::channel::{PORT_NAME, Reply, Request};
 use crate::daemon::Daemon;
 use crate::network;
 
-/// An emulated machine takes 5 seconds, a reset one on a busy host 100: its firmware is slow.
+/// An emulated machine takes 5 seconds. One with several processors now and then stalls for a minute or two after a reset on a
+/// busy host, with any disks and with none.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
 /// For a script that names no other limit.
