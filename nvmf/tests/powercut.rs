@@ -376,6 +376,25 @@ fn flushes_of_two_lanes_wait_for_each_other_and_both_hold() {
 }
 
 #[test]
+fn a_block_that_is_written_again_during_a_flush_is_not_older_than_the_flush_afterwards() {
+    let time = std::time::Duration::from_millis(20);
+    let slow = Action::Delay {
+        least: time,
+        most: time,
+    };
+    let disk = over(&faulty(slow, Operations::WRITE, 1));
+    let (mut one, mut two) = (Lane::new(), Lane::new());
+    one.write(&disk, 10, 1, 2);
+    one.write(&disk, 20, 1, 2);
+    // Block 10 is on its way, and block 20 is still to come.
+    disk.submit(&mut one.0, BackendOp::Flush, 1);
+    two.write(&disk, 20, 1, 3);
+    assert_eq!(one.done().result, Ok(()));
+    disk.cut(Survivors::None).unwrap();
+    assert_ne!(one.read(&disk, 20, 1), [0], "what was flushed is there");
+}
+
+#[test]
 fn a_lane_that_goes_in_the_middle_of_a_flush_keeps_nobody_from_flushing() {
     let disk = over(&faulty(Action::Hang, Operations::WRITE, 1));
     let (mut one, mut two) = (Lane::new(), Lane::new());

@@ -133,16 +133,16 @@ impl Cache {
         }
     }
 
-    /// The next run from `from` on, of `most` blocks that were written by the write `until` or before.
-    pub(super) fn run(&self, from: u64, until: u64, most: usize) -> Option<Run> {
+    /// The next run from `from` on, of `most` blocks, each as it is now. A flush takes one after the other
+    /// to the last: also a block that was written again since it began, for the version that it covers is
+    /// not kept beside the new one.
+    pub(super) fn run(&self, from: u64, most: usize) -> Option<Run> {
         let mut run: Option<Run> = None;
         for (&block, entry) in self.entries.range(from..) {
-            let wanted = entry.written <= until;
             let run = match &mut run {
-                Some(run) if !wanted || block != run.first + run.blocks() => break,
+                Some(run) if block != run.first + run.blocks() => break,
                 Some(run) if run.written.len() == most => break,
                 Some(run) => run,
-                None if !wanted => continue,
                 none => none.insert(Run {
                     first: block,
                     written: Vec::new(),
@@ -166,7 +166,7 @@ impl Cache {
         let chance = mix(self.seed, self.evictions);
         let from = first + chance % (last - first + 1);
         // Not so much that all of a small cache is always on the medium.
-        self.run(from, u64::MAX, (self.capacity / 16).clamp(1, RUN))
+        self.run(from, (self.capacity / 16).clamp(1, RUN))
     }
 
     /// A run is on the medium now: what was not written again leaves.
@@ -255,30 +255,29 @@ mod tests {
     }
 
     #[test]
-    fn a_run_is_of_neighbours_that_were_written_in_time() {
+    fn a_run_is_of_neighbours_as_they_are_now() {
         let mut cache = cache(1000);
         cache.store(10, &blocks(1, 2));
         cache.store(12, &blocks(2, 1));
         cache.store(20, &blocks(3, 1));
-        let until = cache.writes();
         cache.store(12, &blocks(4, 1));
-        let run = cache.run(0, until, RUN).unwrap();
-        assert_eq!((run.first, run.blocks()), (10, 2));
-        let run = cache.run(12, until, RUN).unwrap();
+        let run = cache.run(0, RUN).unwrap();
+        assert_eq!((run.first, run.blocks()), (10, 3));
+        let bytes: Vec<u8> = run.bytes.iter().step_by(SIZE).copied().collect();
+        assert_eq!(bytes, [1, 1, 4]);
+        let run = cache.run(13, RUN).unwrap();
         assert_eq!((run.first, run.blocks()), (20, 1));
-        assert!(cache.run(21, until, RUN).is_none());
-        let run = cache.run(11, u64::MAX, RUN).unwrap();
-        assert_eq!((run.first, run.blocks()), (11, 2));
-        assert_eq!((run.bytes[0], run.bytes[SIZE]), (1, 4));
+        assert!(cache.run(21, RUN).is_none());
+        assert_eq!(cache.run(11, 1).unwrap().blocks(), 1);
         cache.store(100, &blocks(5, RUN + 1));
-        assert_eq!(cache.run(100, u64::MAX, RUN).unwrap().blocks(), RUN as u64);
+        assert_eq!(cache.run(100, RUN).unwrap().blocks(), RUN as u64);
     }
 
     #[test]
     fn what_was_written_again_stays_when_its_run_is_on_the_medium() {
         let mut cache = cache(100);
         cache.store(0, &blocks(1, 3));
-        let run = cache.run(0, u64::MAX, RUN).unwrap();
+        let run = cache.run(0, RUN).unwrap();
         cache.store(1, &blocks(2, 1));
         let generation = cache.generation();
         cache.retire(&run);

@@ -172,7 +172,7 @@ impl Role {
         let mut moved = Vec::new();
         let mut from = 0;
         loop {
-            let Some(run) = shared.cache().run(from, u64::MAX, RUN) else {
+            let Some(run) = shared.cache().run(from, RUN) else {
                 return Ok(moved);
             };
             from = run.first + run.blocks();
@@ -280,11 +280,9 @@ impl Operation {
         let Some(role) = Role::take(&self.shared) else {
             return io.wait_for(Some(PAUSE), Box::new(self));
         };
-        let until = self.shared.cache().writes();
         let moving = Destaging {
             operation: self,
             role,
-            until,
             from: 0,
             run: None,
         };
@@ -371,8 +369,6 @@ impl Step for Reading {
 struct Destaging {
     operation: Operation,
     role: Role,
-    /// The last write that a flush covers.
-    until: u64,
     /// Where a flush goes on.
     from: u64,
     /// On its way.
@@ -384,7 +380,7 @@ impl Destaging {
         let shared = Arc::clone(&self.operation.shared);
         let is_flush = matches!(self.operation.op, BackendOp::Flush);
         let run = match is_flush {
-            true => shared.cache().run(self.from, self.until, RUN),
+            true => shared.cache().run(self.from, RUN),
             false => shared.cache().victim(),
         };
         let op = match run {
