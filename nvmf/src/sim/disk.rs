@@ -172,6 +172,10 @@ impl ModelDisk {
         if self.volatile {
             for candidate in self.blocks.iter_mut().flatten().filter(|it| !it.gone) {
                 candidate.hidden = None;
+                // It may be undone, and then no flush makes it last.
+                if let Fate::Done(at) = candidate.fate {
+                    candidate.fate = Fate::Perhaps(at);
+                }
             }
         }
     }
@@ -334,6 +338,18 @@ mod tests {
         disk.flushed(began);
         disk.power_cut();
         assert!(allowed(&disk, ZEROES) && allowed(&disk, 1));
+    }
+
+    #[test]
+    fn what_a_power_cut_undid_is_made_durable_by_no_later_flush() {
+        let mut disk = ModelDisk::new(1, true);
+        write(&mut disk, 1, true);
+        write(&mut disk, 2, false);
+        disk.power_cut();
+        let began = disk.now();
+        disk.flushed(began);
+        disk.power_cut();
+        assert!(allowed(&disk, 1) && allowed(&disk, 2) && !allowed(&disk, ZEROES));
     }
 
     #[test]
