@@ -161,6 +161,43 @@ pub(crate) struct AttachArgs {
         value_parser = value_parser!(u16).range(limits::KEEP_ALIVE_SECONDS)
     )]
     pub(crate) keep_alive_tmo: u16,
+    /// Seconds between two attempts to get a lost controller back, at most: the first is made at once, the next
+    /// after one second, then after twice as long each time
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = limits::DEFAULT_RECONNECT_DELAY_SECONDS,
+        value_parser = value_parser!(u16).range(limits::RECONNECT_DELAY_SECONDS)
+    )]
+    pub(crate) reconnect_delay: u16,
+    /// Seconds after which a lost controller is given up, and requests fail until it is back all the same;
+    /// -1 holds them for ever
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = -1,
+        allow_negative_numbers = true,
+        value_parser = value_parser!(i32).range(limits::LOSS_SECONDS)
+    )]
+    pub(crate) ctrl_loss_tmo: i32,
+    /// Seconds after which requests fail while a lost controller is not given up yet; -1 does not fail them
+    /// earlier
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = -1,
+        allow_negative_numbers = true,
+        value_parser = value_parser!(i32).range(limits::LOSS_SECONDS)
+    )]
+    pub(crate) fast_io_fail_tmo: i32,
+    /// Seconds for which a queue that the VMM stops may wait for a lost controller; then its requests fail
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = limits::DEFAULT_DRAIN_SECONDS,
+        value_parser = value_parser!(u16).range(limits::DRAIN_SECONDS)
+    )]
+    pub(crate) drain_tmo: u16,
     /// Ask for a CRC32C digest of every PDU header
     #[arg(long)]
     pub(crate) hdr_digest: bool,

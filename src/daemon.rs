@@ -31,9 +31,9 @@ pub(crate) fn attach(config: &AttachConfig) -> Result<(), Box<dyn Error>> {
         let mut stop = Stop::new()?;
         // Listening comes first: a VMM that is quicker than the controller waits in the queue.
         let (listener, path) = socket::listen(&config.socket_path)?;
-        let registry = Registry::with_defaults();
+        let registry = Arc::new(Registry::with_defaults());
         let disk = tokio::select! {
-            disk = Disk::attach(&registry, config, &workers) => disk?,
+            disk = Disk::attach(registry, config, &workers) => disk?,
             () = stop.wait() => return Ok(()),
         };
         let hints = VmmHints {

@@ -9,8 +9,9 @@ use std::time::Duration;
 use nvmf::host::{Association, HostError, NamespaceInfo};
 use nvmf::transport::{HostQueuePair, Registry};
 use tokio::net::UnixListener;
-use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
 use vhost_user_blk::{Device, Queue, QueueUpdate, Rings, serve};
 
 use crate::bridge::geometry::{self, Choices};
@@ -18,6 +19,8 @@ use crate::bridge::translate::Limits;
 use crate::config::{AttachConfig, Uri};
 use crate::limits::{LANE_SLOTS, MAILBOX};
 use crate::metrics::DiskCounters;
+use crate::reconnect::way_back::WayBack;
+use crate::reconnect::{Path, PathSetup};
 use crate::worker::Worker;
 use crate::worker::lane::{DeviceLane, LaneSetup};
 use crate::worker::mailbox::{LaneMessage, Mailbox};
@@ -45,14 +48,26 @@ pub(crate) struct Backing {
     pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
     /// How long a lane looks for work before it sleeps, at most.
     pub(crate) poll_max: Duration,
+    /// The keep-alive time-out that was asked for.
+    pub(crate) keep_alive: Duration,
+    /// How long a ring that stops may wait for a controller that is lost.
+    pub(crate) drain: Duration,
+    /// How to get back to the controller; `None` where its loss is the end.
+    pub(crate) way_back: Option<WayBack>,
 }
 
 /// A disk that is served.
 pub(crate) struct Disk {
+    path: Path,
+    front: Front,
+}
+
+/// Its side that faces the VMM.
+struct Front {
     name: String,
     device: Arc<Device>,
     lanes: Vec<Mailbox>,
-    association: Association,
+    drain: Duration,
     counters: Arc<DiskCounters>,
 }
 
@@ -62,15 +77,15 @@ impl Disk {
     /// # Errors
     /// [`HostError`] as one line; nothing stays open then.
     pub(crate) async fn attach(
-        registry: &Registry,
+        registry: Arc<Registry>,
         config: &AttachConfig,
         workers: &[Worker],
     ) -> Result<Self, HostError> {
         let Uri { target, selector } = &config.uri;
-        let association = Association::connect(registry, target, &config.host).await?;
+        let association = Association::connect(&registry, target, &config.host).await?;
         let opened = async {
             let namespace = association.select(selector).await?;
-            Ok((namespace, association.open_io_queues(registry).await?))
+            Ok((namespace, association.open_io_queues(&registry).await?))
         };
         let (namespace, pairs) = match opened.await {
             Ok(opened) => opened,
@@ -97,6 +112,14 @@ impl Disk {
             namespace,
             pairs,
             poll_max: config.poll_max,
+            keep_alive: config.host.keep_alive_tmo,
+            drain: config.drain,
+            way_back: Some(WayBack {
+                registry,
+                target: target.clone(),
+                host: config.host.clone(),
+                patience: config.patience,
+            }),
         };
         Ok(Self::new(backing, config.choices(), workers).await)
     }
@@ -109,18 +132,24 @@ impl Disk {
             namespace,
             pairs,
             poll_max,
+            keep_alive,
+            drain,
+            way_back,
         } = backing;
         let controller = association.controller();
         let limits = Limits::new(controller, &namespace);
         let device = Device::new(geometry::device_options(&choices, controller, &namespace));
         let counters = Arc::new(DiskCounters::default());
         let mut lanes = Vec::with_capacity(pairs.len());
-        for (pair, worker) in pairs.into_iter().zip(workers.iter().cycle()) {
+        let (loss, losses) = mpsc::channel(pairs.len().max(1));
+        for ((pair, worker), index) in pairs.into_iter().zip(workers.iter().cycle()).zip(0..) {
             let (mailbox, mail) = Mailbox::new(MAILBOX);
             let setup = LaneSetup {
                 name: name.clone(),
+                index,
                 limits,
                 pairs: vec![pair],
+                losses: loss.clone(),
                 mail,
                 counters: counters.lane(),
                 slots: LANE_SLOTS,
@@ -145,18 +174,28 @@ impl Disk {
             lanes = lanes.len(),
             "disk ready"
         );
-        Self {
+        let path = Path::new(PathSetup {
+            name: name.clone(),
+            association,
+            namespace,
+            keep_alive,
+            lanes: lanes.clone(),
+            losses,
+            way_back,
+        });
+        let front = Front {
             name,
             device,
             lanes,
-            association,
+            drain,
             counters,
-        }
+        };
+        Self { path, front }
     }
 
     /// Serves front-ends, one after the other, until `stop` comes; then drains, shuts the
     /// controller down, and logs the counters. Ends within two seconds of `stop`, also when the
-    /// controller is dead.
+    /// controller is dead or away.
     ///
     /// # Errors
     /// The listening socket cannot be waited on.
@@ -165,21 +204,35 @@ impl Disk {
         listener: StdUnixListener,
         stop: impl Future<Output = ()>,
     ) -> io::Result<()> {
+        let Self { path, front } = self;
+        let (end, ended) = oneshot::channel();
+        let served = async {
+            let served = front.serve(listener, stop).await;
+            drop(end);
+            served
+        };
+        let (association, served) = tokio::join!(path.run(ended), served);
+        if let Some(association) = association {
+            association.shutdown(SHUTDOWN).await;
+        }
+        front.counters.totals().log(&front.name);
+        served
+    }
+}
+
+impl Front {
+    async fn serve(
+        &self,
+        listener: StdUnixListener,
+        stop: impl Future<Output = ()>,
+    ) -> io::Result<()> {
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
         tokio::pin!(stop);
-        let mut lost = self.association.lost();
-        let mut alive = true;
         let mut session: Option<Session> = None;
         loop {
             tokio::select! {
                 () = &mut stop => break,
-                changed = lost.changed(), if alive => {
-                    alive = false;
-                    if changed.is_ok() {
-                        self.path_lost(&lost).await;
-                    }
-                }
                 () = Session::ended(&mut session) => {
                     session = None;
                     tracing::info!(disk = self.name, "front-end has gone; waiting for the next");
@@ -194,13 +247,13 @@ impl Disk {
                     // Out of descriptors, or a front-end that gave up: neither lasts.
                     Err(error) => {
                         tracing::warn!(disk = self.name, %error, "cannot accept a front-end");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        sleep(ACCEPT_PAUSE).await;
                     }
                 },
             }
         }
         drop(listener);
-        self.shutdown(session).await;
+        self.let_go(session).await;
         Ok(())
     }
 
@@ -210,6 +263,8 @@ impl Disk {
         let device = Arc::clone(&self.device);
         let rings: Arc<dyn Rings> = Arc::new(LaneRings {
             lanes: self.lanes.clone(),
+            drain: self.drain,
+            control: Handle::current(),
         });
         let name = self.name.clone();
         let (ended, end) = oneshot::channel();
@@ -226,20 +281,8 @@ impl Disk {
         Ok(Session { shutdown, end })
     }
 
-    async fn path_lost(&self, lost: &tokio::sync::watch::Receiver<Option<nvmf::host::Loss>>) {
-        let loss = lost.borrow().as_ref().map(ToString::to_string);
-        if let Some(loss) = loss {
-            tracing::error!(
-                disk = self.name,
-                "association lost: {loss}; every request fails until the daemon is started again"
-            );
-            for lane in &self.lanes {
-                lane.send(LaneMessage::PathLost).await;
-            }
-        }
-    }
-
-    async fn shutdown(self, session: Option<Session>) {
+    /// Ends the session, and then the lanes.
+    async fn let_go(&self, session: Option<Session>) {
         if let Some(Session { shutdown, end }) = session {
             // The session stops its rings, which drains them.
             let _ = shutdown.shutdown(std::net::Shutdown::Both);
@@ -263,8 +306,6 @@ impl Disk {
         if timeout(LET_GO, let_go).await.is_err() {
             tracing::warn!(disk = self.name, "some lanes did not end in time");
         }
-        self.association.shutdown(SHUTDOWN).await;
-        self.counters.totals().log(&self.name);
     }
 }
 
@@ -289,6 +330,10 @@ impl Session {
 /// Gives each ring to the lane that its number falls to.
 struct LaneRings {
     lanes: Vec<Mailbox>,
+    /// How long a ring that stops may wait for a controller that is lost.
+    drain: Duration,
+    /// Where that time passes.
+    control: Handle,
 }
 
 impl LaneRings {
@@ -317,9 +362,14 @@ impl Rings for LaneRings {
 
     fn stop(&self, index: usize) -> Option<Queue> {
         let lane = self.lane(index)?;
-        let queue = lane
-            .ask(|done| LaneMessage::Stop { index, done })
-            .flatten()?;
-        Some(*queue)
+        let (drain, late) = (self.drain, lane.clone());
+        // The front-end waits for this, and so does the next one.
+        let hurry = self.control.spawn(async move {
+            sleep(drain).await;
+            late.send(LaneMessage::Hurry { index }).await;
+        });
+        let queue = lane.ask(|done| LaneMessage::Stop { index, done });
+        hurry.abort();
+        Some(*queue.flatten()?)
     }
 }

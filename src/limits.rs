@@ -31,6 +31,19 @@ pub(crate) const KEEP_ALIVE_SECONDS: RangeInclusive<i64> = 0..=3600;
 /// Short, because a write whose fate is unknown holds later writes back for a multiple of it.
 pub(crate) const DEFAULT_KEEP_ALIVE_SECONDS: u16 = 5;
 
+/// Seconds between two attempts to get a lost controller back, at most.
+pub(crate) const RECONNECT_DELAY_SECONDS: RangeInclusive<i64> = 1..=3600;
+/// Short: a guest waits, and an attempt costs little.
+pub(crate) const DEFAULT_RECONNECT_DELAY_SECONDS: u16 = 2;
+
+/// Seconds from the loss of a controller until something is given up; -1 is never.
+pub(crate) const LOSS_SECONDS: RangeInclusive<i64> = -1..=i32::MAX as i64;
+
+/// Seconds that a ring may take to stop while the controller is lost.
+pub(crate) const DRAIN_SECONDS: RangeInclusive<i64> = 0..=3600;
+/// Short enough that a VMM that stops its guest is not taken for hung, long enough for a target to restart.
+pub(crate) const DEFAULT_DRAIN_SECONDS: u16 = 10;
+
 /// Bytes of the serial that a guest can read (virtio 1.3, "GET_ID").
 pub(crate) const SERIAL_LEN: usize = 20;
 

@@ -1,6 +1,7 @@
 //! A local disk: storage of this machine behind the embedded controller, reached without a network.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use nvmf::controller::{
     LaneHost, Limits, LocalPort, NamespaceError, Subsystem, Target, TargetError,
@@ -13,11 +14,14 @@ use tokio::task::JoinHandle;
 
 use crate::config::{Machine, ServeConfig};
 use crate::disk::{Backing, Disk};
+use crate::limits;
 use crate::storage::{self, StorageError};
 use crate::worker::Worker;
 
 /// Namespace identifier of the disk.
 const NSID: u32 = 1;
+/// How long a ring that stops may wait for a controller that is lost.
+const LOCAL_DRAIN: Duration = Duration::from_secs(limits::DEFAULT_DRAIN_SECONDS as u64);
 
 /// Why there is no local disk.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +95,10 @@ impl Local {
             namespace,
             pairs,
             poll_max: config.poll_max,
+            keep_alive: options.keep_alive_tmo,
+            drain: LOCAL_DRAIN,
+            // A controller in the same process does not come back on its own.
+            way_back: None,
         };
         let disk = Disk::new(backing, config.choices, workers).await;
         Ok((local, disk))

@@ -56,6 +56,7 @@ struct Rig {
     limits: Limits,
     storage: Storage,
     inflight: Inflight<u32>,
+    fences: Fences,
     queue: Queue,
 }
 
@@ -69,7 +70,8 @@ impl Rig {
         Self {
             limits: Limits::new(&controller, &namespace(512, 1 << 20)),
             storage: Storage::new(8),
-            inflight: Inflight::new(4),
+            inflight: Inflight::new(0, 4),
+            fences: Fences::default(),
             queue: Queue::with_room(room),
         }
     }
@@ -85,16 +87,31 @@ impl Rig {
             limits,
             storage,
             inflight,
+            fences,
             queue,
         } = self;
-        inflight.issue(limits, storage, |sqe, transfer, token| {
+        inflight.issue(limits, fences, storage, |sqe, transfer, token| {
             queue.submit(sqe, transfer, token)
         })
     }
 
     fn complete(&mut self, status: Status) {
         let completion = self.queue.complete(status);
-        assert!(self.inflight.settle(completion, &mut self.storage));
+        assert!(self.settle(completion, Fate::Known));
+    }
+
+    fn settle(&mut self, completion: Completion, fate: Fate) -> bool {
+        self.inflight
+            .settle(completion, fate, &self.limits, &mut self.storage)
+    }
+
+    /// The queue pair ends with all that it holds. Gives what is left of it.
+    fn lose(&mut self) -> Unknown {
+        while !self.queue.held.is_empty() {
+            let completion = self.queue.complete(Status::ABORTED_BY_HOST);
+            assert!(self.settle(completion, Fate::Unknown));
+        }
+        self.inflight.take_unknown()
     }
 
     fn done(&mut self) -> Option<(u32, Outcome)> {
@@ -225,7 +242,7 @@ fn a_completion_from_nowhere_is_noticed_and_changes_nothing() {
     rig.complete(Status::SUCCESS);
     let again = |rig: &mut Rig, token| {
         let completion = completion(Transfer::None, token, Status::SUCCESS);
-        rig.inflight.settle(completion, &mut rig.storage)
+        rig.settle(completion, Fate::Known)
     };
     assert!(!again(&mut rig, token), "its one command is complete");
     assert_eq!(rig.done(), Some((1, Outcome::Done)));

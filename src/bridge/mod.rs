@@ -7,8 +7,10 @@
 //! - [`translate`]: a request → the commands that carry it out, one after the other.
 //! - [`transfer`]: the memory of a command, lent by the request and given back.
 //! - [`inflight`]: requests whose commands are outstanding.
+//! - [`fence`]: block ranges that a lost association may still write to.
 //! - [`status`]: what a command's status means to the guest and to the log.
 
+pub(crate) mod fence;
 pub(crate) mod geometry;
 pub(crate) mod inflight;
 pub(crate) mod status;

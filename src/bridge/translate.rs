@@ -93,6 +93,23 @@ impl Limits {
     }
 }
 
+impl Limits {
+    /// The blocks that a request changes, range by range; none of one that only reads, or is refused.
+    pub(crate) fn written<'a>(&self, request: Request<'a>) -> impl Iterator<Item = Range<u64>> + 'a {
+        let (whole, ranges): (_, &[SectorRange]) = match request {
+            Request::Write { sector, len, .. } => (self.blocks(sector, len as u64).ok(), &[]),
+            Request::Discard(ranges) | Request::WriteZeroes { ranges, .. } => (None, ranges),
+            Request::Read { .. } | Request::Flush => (None, &[]),
+        };
+        let limits = *self;
+        let inner = move |range| limits.inner_blocks(range).ok();
+        whole
+            .into_iter()
+            .chain(ranges.iter().filter_map(inner))
+            .filter(|blocks| !blocks.is_empty())
+    }
+}
+
 /// Why a request is answered with an error and no command. Guests do not send such.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refused {

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::bridge::geometry::Choices;
 use crate::cli::{AttachArgs, ExportArgs, ServeArgs};
 use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
+use crate::reconnect::way_back::Patience;
 pub(crate) use identity::{HostIdentity, Machine};
 pub(crate) use ids::Serial;
 pub(crate) use powercut::PowerCut;
@@ -41,6 +42,10 @@ pub(crate) struct AttachConfig {
     pub(crate) read_only: bool,
     /// How long a lane looks for work before it sleeps, at most.
     pub(crate) poll_max: Duration,
+    /// How long a ring that stops may wait for a controller that is lost.
+    pub(crate) drain: Duration,
+    /// How long to wait for a controller that is lost.
+    pub(crate) patience: Patience,
     /// Who connects, and with what queues.
     pub(crate) host: HostOptions,
     /// The namespace.
@@ -156,6 +161,12 @@ impl AttachConfig {
             serial: args.serial,
             read_only: args.read_only,
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
+            drain: Duration::from_secs(args.drain_tmo.into()),
+            patience: Patience {
+                reconnect_delay: Duration::from_secs(args.reconnect_delay.into()),
+                ctrl_loss: limited(args.ctrl_loss_tmo),
+                fast_io_fail: limited(args.fast_io_fail_tmo),
+            },
             host: HostOptions {
                 nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
                 queue_size: args.queue_size,
@@ -214,6 +225,11 @@ impl ServeConfig {
             namespace: NamespaceConfig::resolve(1, spec, machine)?,
         })
     }
+}
+
+/// A number of seconds, where a negative one is no limit.
+fn limited(seconds: i32) -> Option<Duration> {
+    Some(Duration::from_secs(u64::try_from(seconds).ok()?))
 }
 
 /// One I/O queue pair for each CPU.

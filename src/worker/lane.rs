@@ -1,4 +1,8 @@
 //! A device lane: rings of one disk on one side, host queue pairs on the other, one per path.
+//!
+//! When its queue pair ends, a lane answers nobody: what was outstanding waits for the next one, and so does
+//! what comes, as far as there are slots. When to try again, when to give up, and what must not be written
+//! meanwhile, is for the control plane to say; a lane has no clock for it.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -6,13 +10,14 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use nvmf::spec::Status;
-use nvmf::transport::{Counters, HostQueuePair, Lane, Ready, Rejected, RejectedReason, Turn};
+use nvmf::transport::{Counters, HostQueuePair, Lane, Ready, RejectedReason, Turn};
 use tokio::sync::{mpsc, oneshot};
 use vhost_user_blk::{BlkStatus, Operation, Queue, Request, Token};
 
-use super::mailbox::LaneMessage;
+use super::mailbox::{LaneMessage, PairLost, Resume};
 use super::patience::Patience;
-use crate::bridge::inflight::{Finished, Inflight};
+use crate::bridge::fence::Fences;
+use crate::bridge::inflight::{Fate, Finished, Inflight, Unknown};
 use crate::bridge::status::FailureLog;
 use crate::bridge::transfer::Storage;
 use crate::bridge::translate::Limits;
@@ -25,6 +30,9 @@ const TAKE_MAX: usize = 128;
 /// the next are worked on, so that neither waits for the other; larger batches would have both take
 /// turns, and sleep in between.
 const ANSWERED_MAX: usize = 8;
+
+/// Associations of a disk are counted from here.
+pub(crate) const FIRST_ASSOCIATION: u64 = 1;
 
 /// A guest's request in flight.
 #[derive(Debug)]
@@ -47,6 +55,8 @@ struct Ring {
     dry: bool,
     /// It is to be given back when it has nothing in flight.
     stopping: Option<oneshot::Sender<Option<Box<Queue>>>>,
+    /// It is late with that.
+    late: bool,
     /// Acknowledged after the next scan.
     started: Option<oneshot::Sender<()>>,
 }
@@ -57,6 +67,15 @@ pub(crate) struct DeviceLane {
     limits: Limits,
     /// One queue pair for each way to the controller that is alive.
     paths: Vec<Box<dyn HostQueuePair>>,
+    /// The association that they belong to.
+    association: u64,
+    /// Where their end is told.
+    losses: mpsc::Sender<PairLost>,
+    /// Gets what is left of them.
+    losing: Option<oneshot::Sender<Unknown>>,
+    /// Nothing is held.
+    failing: bool,
+    fences: Arc<Fences>,
     /// What queue pairs counted that are gone.
     past: Counters,
     rings: Vec<Ring>,
@@ -78,10 +97,14 @@ pub(crate) struct DeviceLane {
 pub(crate) struct LaneSetup {
     /// The disk, for the log.
     pub(crate) name: String,
+    /// Its number in the disk.
+    pub(crate) index: u16,
     /// The namespace and what its controller takes.
     pub(crate) limits: Limits,
     /// A connected I/O queue pair for each path.
     pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
+    /// Where the end of a queue pair is told: room for one from each lane.
+    pub(crate) losses: mpsc::Sender<PairLost>,
     /// The lane's end of its mailbox.
     pub(crate) mail: mpsc::Receiver<LaneMessage>,
     /// Where it counts.
@@ -97,8 +120,10 @@ impl DeviceLane {
     pub(crate) fn new(setup: LaneSetup) -> Self {
         let LaneSetup {
             name,
+            index,
             limits,
             pairs,
+            losses,
             mail,
             counters,
             slots,
@@ -108,9 +133,14 @@ impl DeviceLane {
             name,
             limits,
             paths: pairs,
+            association: FIRST_ASSOCIATION,
+            losses,
+            losing: None,
+            failing: false,
+            fences: Arc::default(),
             past: Counters::default(),
             rings: Vec::new(),
-            inflight: Inflight::new(slots),
+            inflight: Inflight::new(index, slots),
             storage: Storage::new(slots),
             failures: FailureLog::default(),
             mail,
@@ -133,6 +163,7 @@ impl DeviceLane {
                     scan: true,
                     dry: false,
                     stopping: None,
+                    late: false,
                     started: Some(done),
                 });
                 self.generation += 1;
@@ -157,10 +188,23 @@ impl DeviceLane {
                     None => drop(done.send(None)),
                 }
             }
-            LaneMessage::PathLost => {
+            LaneMessage::Hurry { index } => {
+                let ring = self.rings.iter_mut().find(|ring| ring.index == index);
+                if let Some(ring) = ring.filter(|ring| ring.stopping.is_some()) {
+                    ring.late = true;
+                }
+            }
+            LaneMessage::Lose { done } => {
                 for pair in &mut self.paths {
                     pair.end();
                 }
+                self.losing = Some(done);
+            }
+            LaneMessage::Resume(resume) => self.resume(*resume),
+            LaneMessage::Fail => self.failing = true,
+            LaneMessage::Fences(fences) => {
+                self.fences = fences;
+                self.inflight.fences_changed();
             }
             LaneMessage::End { done } => {
                 self.end();
@@ -173,10 +217,28 @@ impl DeviceLane {
     fn end(&mut self) {
         self.publish_counters();
         self.paths.clear();
-        self.inflight = Inflight::new(1);
+        self.inflight = Inflight::new(0, 1);
         self.rings.clear();
         self.generation += 1;
         self.ended = true;
+    }
+
+    /// Goes on with a new queue pair. What was outstanding on the old one was told before, so that its fences
+    /// are among the new.
+    fn resume(&mut self, resume: Resume) {
+        let Resume {
+            association,
+            pair,
+            limits,
+            fences,
+        } = resume;
+        self.generation = self.generation.wrapping_add(1);
+        self.paths.push(pair);
+        self.association = association;
+        self.limits = limits;
+        self.fences = fences;
+        self.failing = false;
+        self.inflight.start_anew(&self.limits);
     }
 
     /// Sends and receives on every path. True when one has more to do at once.
@@ -191,10 +253,23 @@ impl DeviceLane {
 
     /// Takes what was completed. True when there was something.
     fn settle(&mut self) -> bool {
+        let Self {
+            paths,
+            inflight,
+            limits,
+            storage,
+            ..
+        } = self;
         let mut any = false;
-        for pair in &mut self.paths {
+        for pair in paths {
             while let Some(completion) = pair.completion() {
-                self.inflight.settle(completion, &mut self.storage);
+                let made_up = !completion.sqhd_valid
+                    && completion.cqe.status().code() == Status::ABORTED_BY_HOST.code();
+                let fate = match made_up && pair.ending().is_some() {
+                    true => Fate::Unknown,
+                    false => Fate::Known,
+                };
+                inflight.settle(completion, fate, limits, storage);
                 any = true;
             }
         }
@@ -217,52 +292,75 @@ impl DeviceLane {
         more
     }
 
-    /// Takes out paths that have ended, once what they had is completed. True when there was one:
-    /// requests that wait have to go elsewhere.
-    fn drop_lost_paths(&mut self) -> bool {
-        let before = self.paths.len();
-        for index in (0..before).rev() {
-            let Some(ending) = self.paths[index].ending() else {
+    /// Takes out paths that have ended, once nothing is outstanding on them, and tells the control plane.
+    fn drop_lost_paths(&mut self) {
+        if self.paths.iter().any(|pair| pair.ending().is_some()) {
+            self.settle();
+        }
+        for index in (0..self.paths.len()).rev() {
+            let pair = &self.paths[index];
+            let Some(ending) = pair.ending().filter(|_| pair.outstanding() == 0) else {
                 continue;
             };
-            tracing::error!(
-                disk = self.name,
-                "path lost: {ending}; requests in flight on it fail"
-            );
-            while let Some(completion) = self.paths[index].completion() {
-                self.inflight.settle(completion, &mut self.storage);
-            }
+            let lost = PairLost {
+                association: self.association,
+                cause: ending.to_string(),
+            };
+            // A full channel has told of a loss before.
+            let _ = self.losses.try_send(lost);
             let pair = self.paths.remove(index);
             self.past = sum(self.past, pair.counters());
             self.generation = self.generation.wrapping_add(pair.generation() + 1);
         }
-        self.paths.len() < before
+        if self.paths.is_empty()
+            && let Some(done) = self.losing.take()
+        {
+            // Nobody asks any more when the daemon ends.
+            let _ = done.send(self.inflight.take_unknown());
+        }
     }
 
-    /// Submits commands that wait, as many as there is room for.
+    /// Fails what will not be carried out in time: everything that waits when nothing is held, and what the
+    /// rings have in flight that are late. True when there was something.
+    fn give_up(&mut self) -> bool {
+        let waiting = self.inflight.is_waiting();
+        let no_path = self.paths.iter().all(|pair| pair.ending().is_some());
+        if no_path && self.failing {
+            self.inflight.give_up_waiting(Status::HOST_PATH_ERROR);
+        }
+        let Self {
+            rings, inflight, ..
+        } = self;
+        if rings.iter().any(|ring| ring.late) {
+            let late = |index| rings.iter().any(|ring| ring.late && ring.index == index);
+            inflight.give_up_some(Status::HOST_PATH_ERROR, no_path, |guest: &Guest| {
+                late(guest.ring)
+            });
+        }
+        // Then the rings have more to offer.
+        waiting && !self.inflight.is_waiting()
+    }
+
+    /// Submits commands that wait, as many as there is room for. Without a path they go on waiting.
     fn issue(&mut self) {
         let Self {
             inflight,
             paths,
             storage,
             limits,
+            fences,
             counters,
             ..
         } = self;
-        let rejected = inflight.issue(limits, storage, |sqe, transfer, token| {
-            let alive = paths.iter_mut().find(|pair| pair.ending().is_none());
-            let Some(pair) = alive else {
-                return Err(Rejected {
-                    transfer,
-                    reason: RejectedReason::Ended,
-                });
-            };
+        let Some(pair) = paths.iter_mut().find(|pair| pair.ending().is_none()) else {
+            return;
+        };
+        let rejected = inflight.issue(limits, fences, storage, |sqe, transfer, token| {
             counters.commands.add(1);
             pair.submit(sqe, transfer, token).map(drop)
         });
         match rejected {
-            None | Some(RejectedReason::Full) => {}
-            Some(RejectedReason::Ended) => inflight.give_up_waiting(Status::HOST_PATH_ERROR),
+            None | Some(RejectedReason::Full | RejectedReason::Ended) => {}
             Some(RejectedReason::TooLong) => inflight.give_up_waiting(Status::INTERNAL_ERROR),
         }
     }
@@ -507,7 +605,8 @@ impl Lane for DeviceLane {
         }
         again |= self.flush_paths(path_ready);
         again |= self.settle_at_once();
-        again |= self.drop_lost_paths();
+        self.drop_lost_paths();
+        again |= self.give_up();
         self.finish();
         self.flush_rings();
         // The first answer after a pause wakes the guest's driver, so it should come soon.

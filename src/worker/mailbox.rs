@@ -1,10 +1,16 @@
 //! What the control plane says to a device lane, and waits for.
 
+use std::sync::Arc;
+
+use nvmf::transport::HostQueuePair;
 use tokio::sync::{mpsc, oneshot};
 use vhost_user_blk::{Queue, QueueUpdate};
 
-/// A message to a lane. Each is answered when it has taken effect.
-#[derive(Debug)]
+use crate::bridge::fence::Fences;
+use crate::bridge::inflight::Unknown;
+use crate::bridge::translate::Limits;
+
+/// A message to a lane. Each is answered when it has taken effect, or takes effect at once.
 pub(crate) enum LaneMessage {
     /// A ring to run from now on.
     Start {
@@ -31,13 +37,49 @@ pub(crate) enum LaneMessage {
         /// Gets the ring; `None` when the lane does not have it.
         done: oneshot::Sender<Option<Box<Queue>>>,
     },
-    /// The association is lost: end the queue pairs, answer what was outstanding.
-    PathLost,
+    /// A ring that was to be given back is late: what it waits for without a queue pair, or behind a fence,
+    /// fails.
+    Hurry {
+        /// Its number in the device.
+        index: usize,
+    },
+    /// The association is lost: end the queue pair, and hold what is not answered.
+    Lose {
+        /// Gets what was outstanding on queue pairs that are gone, once nothing is on any.
+        done: oneshot::Sender<Unknown>,
+    },
+    /// Go on with a new queue pair.
+    Resume(Box<Resume>),
+    /// Until there is a queue pair, whatever is held fails, and what comes, too.
+    Fail,
+    /// Other fences from now on.
+    Fences(Arc<Fences>),
     /// Drop everything and end.
     End {
         /// Answered when the lane holds nothing any more.
         done: oneshot::Sender<()>,
     },
+}
+
+/// What a lane goes on with after a loss.
+pub(crate) struct Resume {
+    /// The association that it belongs to, counted from 1.
+    pub(crate) association: u64,
+    /// Connected.
+    pub(crate) pair: Box<dyn HostQueuePair>,
+    /// What its controller takes.
+    pub(crate) limits: Limits,
+    /// All of the disk's.
+    pub(crate) fences: Arc<Fences>,
+}
+
+/// What a lane tells when its queue pair has ended.
+#[derive(Debug)]
+pub(crate) struct PairLost {
+    /// The association that it belonged to.
+    pub(crate) association: u64,
+    /// How it ended.
+    pub(crate) cause: String,
 }
 
 /// The control plane's end of a lane's mailbox.

@@ -1,12 +1,13 @@
 //! Identify Controller, digested into the limits and abilities that the rest goes by.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use zerocopy::FromBytes;
 
 use super::admin::Admin;
 use super::error::HostError;
-use crate::spec::identify::{IDENTIFY_LEN, IdentifyController, cns, oncs};
+use crate::spec::identify::{IDENTIFY_LEN, IdentifyController, cns, ctratt, oncs};
 use crate::spec::property::Cap;
 use crate::spec::{Nqn, Sqe};
 
@@ -21,6 +22,8 @@ const COMMAND_UNITS: u32 = 4;
 /// CNTRLTYPE of a discovery and of an administrative controller.
 const DISCOVERY_CONTROLLER: u8 = 2;
 const ADMINISTRATIVE_CONTROLLER: u8 = 3;
+/// Unit of the keep-alive granularity (KAS).
+const KEEP_ALIVE_UNIT: Duration = Duration::from_millis(100);
 /// Ranges that one Dataset Management command can hold.
 const DSM_RANGES_MAX: u16 = 256;
 
@@ -55,6 +58,13 @@ pub struct ControllerInfo {
     pub max_write_zeroes: Option<u64>,
     /// Limits of Dataset Management.
     pub deallocate: DeallocateLimits,
+    /// What its keep-alive timer counts in (KAS); zero when it does not tell.
+    pub keep_alive_granularity: Duration,
+    /// It takes any command for a sign of life (traffic-based keep-alive).
+    pub traffic_based_keep_alive: bool,
+    /// How long it may take to stop working on commands after it has found the host gone (CQT); zero when
+    /// it does not tell.
+    pub command_quiesce: Duration,
 }
 
 /// What one Dataset Management command may hold.
@@ -79,6 +89,25 @@ impl Default for DeallocateLimits {
 }
 
 impl ControllerInfo {
+    /// How long after the host has sent its last command the controller may still be working on one, when the
+    /// association was lost without a word; `kato` is the time-out that the association was made with. `None`
+    /// without keep-alive: then the controller need not find out ever.
+    ///
+    /// The controller's timer may have been started again by the last command just before the loss, and
+    /// with traffic-based keep-alive it looks only once in each period whether there was traffic: it has
+    /// found out after two, or three, periods (Base, "Communication Loss Handling"). Then it has the time that
+    /// it states to stop what it has begun.
+    pub fn quiet_after(&self, kato: Duration) -> Option<Duration> {
+        if kato.is_zero() {
+            return None;
+        }
+        let unit = self.keep_alive_granularity.max(Duration::from_millis(1));
+        let periods = kato.as_nanos().div_ceil(unit.as_nanos());
+        let kato = unit.saturating_mul(u32::try_from(periods).unwrap_or(u32::MAX));
+        let times = if self.traffic_based_keep_alive { 3 } else { 2 };
+        Some(kato.saturating_mul(times).saturating_add(self.command_quiesce))
+    }
+
     /// Write Zeroes is supported.
     pub fn supports_write_zeroes(&self) -> bool {
         self.oncs & oncs::WRITE_ZEROES != 0
@@ -170,6 +199,9 @@ fn digest(
         volatile_write_cache: data.vwc & 1 != 0,
         max_write_zeroes: None,
         deallocate: DeallocateLimits::default(),
+        keep_alive_granularity: KEEP_ALIVE_UNIT * u32::from(data.kas.get()),
+        traffic_based_keep_alive: data.ctratt.get() & ctratt::TBKAS != 0,
+        command_quiesce: Duration::from_millis(data.cqt.get().into()),
     })
 }
 
@@ -299,6 +331,24 @@ mod tests {
         let info = info.unwrap();
         assert_eq!((info.serial.as_str(), info.model.as_str()), ("[2JSN 1", ""));
         assert_eq!(info.firmware, "\u{fffd}\u{fffd}1.0");
+    }
+
+    #[test]
+    fn a_lost_controller_is_quiet_after_its_keep_alive_periods_and_the_time_that_it_states() {
+        let after = |change: fn(&mut IdentifyController), kato| {
+            let info = controller(change).unwrap();
+            info.quiet_after(Duration::from_millis(kato))
+        };
+        let millis = |millis| Some(Duration::from_millis(millis));
+        assert_eq!(after(|_| {}, 0), None);
+        assert_eq!(after(|data| data.cqt = 100.into(), 0), None);
+        assert_eq!(after(|_| {}, 5000), millis(10_000));
+        assert_eq!(after(|data| data.cqt = 250.into(), 5000), millis(10_250));
+        let traffic: fn(&mut IdentifyController) = |data| data.ctratt = (1 << 6).into();
+        assert_eq!(after(traffic, 5000), millis(15_000));
+        // A timer that counts whole seconds runs for two of them.
+        assert_eq!(after(|data| data.kas = 10.into(), 1500), millis(4000));
+        assert!(after(|data| data.kas = 10.into(), u64::MAX).is_some());
     }
 
     #[test]

@@ -88,7 +88,11 @@ pub struct IdentifyController {
     pub domain_identifier: U16,
     pub reserved358: [u8; 10],
     pub megcap: [u8; 16],
-    pub reserved384: [u8; 128],
+    pub tmpthha: u8,
+    pub mupa: u8,
+    /// Command Quiesce Time in milliseconds; 0 = not told.
+    pub cqt: U16,
+    pub reserved388: [u8; 124],
     /// Submission entry sizes: required in bits 3:0, largest in 7:4.
     pub sqes: u8,
     /// Completion entry sizes: required in bits 3:0, largest in 7:4.
@@ -136,6 +140,7 @@ const _: () = {
     assert!(std::mem::offset_of!(IdentifyController, cntrltype) == 111);
     assert!(std::mem::offset_of!(IdentifyController, oacs) == 256);
     assert!(std::mem::offset_of!(IdentifyController, kas) == 320);
+    assert!(std::mem::offset_of!(IdentifyController, cqt) == 386);
     assert!(std::mem::offset_of!(IdentifyController, sqes) == 512);
     assert!(std::mem::offset_of!(IdentifyController, sgls) == 536);
     assert!(std::mem::offset_of!(IdentifyController, subnqn) == 768);
