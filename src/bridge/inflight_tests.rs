@@ -1,8 +1,12 @@
 //! Requests through the slot table, against a queue of the tests' own.
 
+use std::ops::Range;
+
 use memdesc::{MemSink, MemSource};
 use nvmf::host::ControllerInfo;
 use nvmf::spec::Cqe;
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
 
 use super::super::samples::{controller, namespace};
 use super::super::translate::Refused;
@@ -285,4 +289,315 @@ fn storage_is_used_again() {
     let mut capacities = std::iter::repeat_with(|| rig.storage.list().capacity());
     let kept = capacities.by_ref().take_while(|&c| c > 0).count();
     assert_eq!(kept, 7, "4 slices, and the request's own list each round");
+}
+
+#[test]
+fn what_was_outstanding_on_a_lost_queue_pair_is_issued_again_and_done_once() {
+    let mut rig = Rig::new(8);
+    rig.open(1, read(8, 4096));
+    rig.open(2, write(16, 4096));
+    rig.open(3, Operation::Flush);
+    rig.issue();
+    let left = rig.lose();
+    assert_eq!((left.requests, left.fences.len()), (3, 1));
+    assert_eq!(rig.done(), None);
+    rig.inflight.start_anew(&rig.limits);
+    assert_eq!(rig.issue(), None);
+    let again: Vec<_> = rig.queue.held.iter().map(|held| held.1.len()).collect();
+    assert_eq!(again, [4096, 4096, 0], "with their memory");
+    for _ in 0..3 {
+        rig.complete(Status::SUCCESS);
+    }
+    let done: Vec<_> = std::iter::from_fn(|| rig.done()).collect();
+    assert_eq!(done, [1, 2, 3].map(|guest| (guest, Outcome::Done)));
+    assert_eq!(rig.inflight.take_unknown().requests, 0, "it is told once");
+}
+
+#[test]
+fn a_request_of_which_a_part_was_lost_begins_anew_and_all_of_it_is_fenced() {
+    let mut rig = Rig::new(2);
+    rig.open(1, write(0, 4 * 4096));
+    rig.issue();
+    rig.complete(Status::SUCCESS);
+    rig.issue();
+    let left = rig.lose();
+    let stranger = Owner {
+        lane: 1,
+        request: 1,
+    };
+    assert!(left.fences.forbid(stranger, &(0..1)) && left.fences.forbid(stranger, &(31..32)));
+    assert!(!left.fences.forbid(stranger, &(32..33)));
+    rig.inflight.start_anew(&rig.limits);
+    let mut blocks = Vec::new();
+    while rig.done().is_none() {
+        rig.issue();
+        blocks.push(rig.queue.held[0].0.slba());
+        rig.complete(Status::SUCCESS);
+    }
+    assert_eq!(blocks, [0, 8, 16, 24]);
+}
+
+#[test]
+fn a_failure_that_is_known_is_not_replayed_but_what_was_lost_beside_it_is_fenced() {
+    for lost_first in [false, true] {
+        let mut rig = Rig::new(2);
+        rig.open(1, write(0, 2 * 4096));
+        rig.issue();
+        let (first, second) = (
+            rig.queue.complete(Status::WRITE_FAULT),
+            rig.queue.complete(Status::ABORTED_BY_HOST),
+        );
+        let (known, unknown) = ((first, Fate::Known), (second, Fate::Unknown));
+        let order = match lost_first {
+            true => [unknown, known],
+            false => [known, unknown],
+        };
+        for (completion, fate) in order {
+            assert_eq!(rig.done(), None);
+            assert!(rig.settle(completion, fate));
+        }
+        assert_eq!(rig.done(), Some((1, Outcome::Failed(Status::WRITE_FAULT))));
+        assert_eq!(rig.inflight.take_unknown().fences.len(), 1);
+        assert!(!rig.inflight.is_waiting());
+    }
+}
+
+#[test]
+fn what_a_fence_holds_back_delays_nobody_and_goes_on_when_the_fence_is_gone() {
+    let mut rig = Rig::new(8);
+    rig.fences.add(Fence {
+        slba: 0,
+        blocks: 8,
+        owner: None,
+        generation: 1,
+        deadline: 1,
+    });
+    rig.open(1, write(7, 4096));
+    rig.open(2, write(8, 4096));
+    rig.open(3, read(0, 4096));
+    assert_eq!(rig.issue(), None);
+    assert_eq!(rig.queue.held.len(), 2);
+    assert!(!rig.inflight.is_waiting(), "rings go on being scanned");
+    rig.fences = Fences::default();
+    assert_eq!(rig.issue(), None);
+    assert_eq!(rig.queue.held.len(), 2, "it is looked at again when told to");
+    rig.inflight.fences_changed();
+    assert_eq!(rig.issue(), None);
+    assert_eq!(rig.queue.held[2].0.slba(), 7);
+}
+
+#[test]
+fn some_can_be_given_up_where_they_wait() {
+    let mut rig = Rig::new(0);
+    rig.fences.add(Fence {
+        slba: 0,
+        blocks: 8,
+        owner: None,
+        generation: 1,
+        deadline: 1,
+    });
+    rig.open(1, write(0, 4096));
+    rig.open(2, read(0, 4096));
+    rig.open(3, write(0, 4096));
+    rig.issue();
+    rig.open(4, read(0, 4096));
+    let failed = |guest| Some((guest, Outcome::Failed(Status::HOST_PATH_ERROR)));
+    let odd = |guest: &u32| guest % 2 == 1;
+    let inflight = &mut rig.inflight;
+    inflight.give_up_some(Status::HOST_PATH_ERROR, false, |&guest| guest < 3);
+    assert_eq!(rig.done(), failed(1), "it was behind a fence");
+    assert_eq!(rig.done(), None);
+    rig.inflight.fences_changed();
+    rig.inflight.give_up_some(Status::HOST_PATH_ERROR, true, odd);
+    assert_eq!(rig.done(), failed(3));
+    assert_eq!(rig.done(), None);
+    assert!(rig.inflight.is_waiting());
+}
+
+/// Steps of the model below.
+#[derive(Debug, Clone)]
+enum Step {
+    /// The guest writes so many blocks, on one of two lanes.
+    Write(usize, u64, u64),
+    Issue(usize),
+    /// The oldest command of a lane is carried out.
+    Complete(usize),
+    /// The association is lost, and everything collected.
+    Lose,
+    /// There is another.
+    Resume,
+    /// The oldest of the lost associations cannot write any more.
+    Expire,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let place = || (0..2usize, 0..40u64, 1..20u64);
+    let step = prop_oneof![
+        6 => place().prop_map(|(lane, first, blocks)| Step::Write(lane, first, blocks)),
+        6 => (0..2usize).prop_map(Step::Issue),
+        4 => (0..2usize).prop_map(Step::Complete),
+        1 => Just(Step::Lose),
+        2 => Just(Step::Resume),
+        1 => Just(Step::Expire),
+    ];
+    prop::collection::vec(step, 1..120)
+}
+
+/// A disk of two lanes that loses its controller again and again.
+struct Disk {
+    lanes: [Rig; 2],
+    /// The control plane's.
+    fences: Fences,
+    /// Number of the association; its deadline is its number, too.
+    association: u64,
+    expired: u64,
+    connected: bool,
+    opened: u32,
+    done: u32,
+    /// What a lost association may write: its number, the guest's request, and blocks.
+    ghosts: Vec<(u64, u32, Range<u64>)>,
+    /// Blocks by request.
+    requests: Vec<Range<u64>>,
+}
+
+impl Disk {
+    fn new() -> Self {
+        let mut lanes = [Rig::new(3), Rig::new(3)];
+        lanes[1].inflight = Inflight::new(1, 4);
+        Self {
+            lanes,
+            fences: Fences::default(),
+            association: 1,
+            expired: 0,
+            connected: true,
+            opened: 0,
+            done: 0,
+            ghosts: Vec::new(),
+            requests: Vec::new(),
+        }
+    }
+
+    /// Which request a command belongs to: the test finds it by the slot in its token.
+    fn guest(rig: &Rig, token: u64) -> u32 {
+        let slot = &rig.inflight.slots[usize::from(parse_token(token).1)];
+        slot.entry.as_ref().unwrap().guest
+    }
+
+    fn open(&mut self, lane: usize, blocks: Range<u64>, operation: Operation) {
+        if self.lanes[lane].inflight.room() > 0 {
+            self.lanes[lane].open(self.opened, operation);
+            self.requests.push(blocks);
+            self.opened += 1;
+        }
+    }
+
+    fn issue(&mut self, lane: usize) -> Result<(), TestCaseError> {
+        let rig = &mut self.lanes[lane];
+        let before = rig.queue.held.len();
+        rig.issue();
+        for (_, _, token) in rig.queue.held.iter().skip(before) {
+            let guest = Self::guest(rig, *token);
+            let blocks = &self.requests[guest as usize];
+            for (association, ghost, range) in &self.ghosts {
+                let overlap = range.start < blocks.end && blocks.start < range.end;
+                prop_assert!(
+                    *ghost == guest || !overlap,
+                    "request {guest} writes {blocks:?} while association {association} may still write \
+                     {range:?} of request {ghost}"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn lose(&mut self) {
+        if !std::mem::replace(&mut self.connected, false) {
+            return;
+        }
+        for rig in &mut self.lanes {
+            for (_, _, token) in &rig.queue.held {
+                let guest = Self::guest(rig, *token);
+                let blocks = self.requests[guest as usize].clone();
+                self.ghosts.push((self.association, guest, blocks));
+            }
+            let left = rig.lose();
+            self.fences
+                .add_all(&left.fences, self.association, self.association);
+        }
+    }
+
+    fn resume(&mut self) {
+        if std::mem::replace(&mut self.connected, true) {
+            return;
+        }
+        self.association += 1;
+        for rig in &mut self.lanes {
+            rig.fences = self.fences.clone();
+            rig.inflight.start_anew(&rig.limits);
+        }
+    }
+
+    fn expire(&mut self) {
+        // Of the association that there is, nothing is lost yet.
+        let last = self.association - u64::from(self.connected);
+        self.expired = (self.expired + 1).min(last);
+        let expired = self.expired;
+        self.ghosts.retain(|(association, ..)| *association > expired);
+        self.fences.expire(expired);
+        for rig in &mut self.lanes {
+            rig.fences = self.fences.clone();
+            rig.inflight.fences_changed();
+        }
+    }
+
+    fn take(&mut self, step: Step) -> Result<(), TestCaseError> {
+        match step {
+            Step::Write(lane, first, blocks) => {
+                let len = usize::try_from(blocks * 512).unwrap();
+                self.open(lane, first..first + blocks, write(first, len));
+            }
+            Step::Issue(lane) if self.connected => self.issue(lane)?,
+            Step::Complete(lane) if !self.lanes[lane].queue.held.is_empty() => {
+                self.lanes[lane].complete(Status::SUCCESS);
+            }
+            Step::Issue(_) | Step::Complete(_) => {}
+            Step::Lose => self.lose(),
+            Step::Resume => self.resume(),
+            Step::Expire => self.expire(),
+        }
+        for rig in &mut self.lanes {
+            while let Some((_, outcome)) = rig.done() {
+                prop_assert_eq!(outcome, Outcome::Done);
+                self.done += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn no_schedule_writes_where_a_lost_association_may_still_write_something_else(steps in steps()) {
+        let mut disk = Disk::new();
+        for step in steps {
+            disk.take(step)?;
+        }
+        // When nothing is lost any more, everything is done, once.
+        disk.resume();
+        while disk.done < disk.opened {
+            let before = disk.done;
+            disk.expire();
+            for lane in [0, 1] {
+                disk.take(Step::Issue(lane))?;
+                while !disk.lanes[lane].queue.held.is_empty() {
+                    disk.take(Step::Complete(lane))?;
+                    disk.take(Step::Issue(lane))?;
+                }
+            }
+            let left = disk.expired + 1 < disk.association;
+            prop_assert!(disk.done > before || left, "{} of {}", disk.done, disk.opened);
+        }
+    }
 }

@@ -113,9 +113,9 @@ fn a_signal_ends_attach_while_it_waits_for_the_target() {
 }
 
 #[test]
-fn when_the_target_is_killed_requests_fail_the_log_says_why_and_the_end_is_as_quick() {
+fn when_the_target_is_killed_and_nothing_is_held_requests_fail_the_log_says_why_and_the_end_is_as_quick() {
     let export = Export::start(&["ram:8M"]);
-    let mut attach = Attach::start(export.uri());
+    let mut attach = Attach::start_with(&["--ctrl-loss-tmo", "0"], export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     export.process.pause();
@@ -131,7 +131,10 @@ fn when_the_target_is_killed_requests_fail_the_log_says_why_and_the_end_is_as_qu
     }
     attach
         .process
-        .await_log(|line| line.contains("\"ERROR\"") && line.contains("association lost"));
+        .await_log(|line| line.contains("\"WARN\"") && line.contains("association lost"));
+    attach
+        .process
+        .await_log(|line| line.contains("\"ERROR\"") && line.contains("given up"));
     assert_eq!(guest.write(0, 0, &[1; 512]), IOERR);
     assert_eq!(guest.read(0, 0, 512).0, IOERR);
     assert_eq!(guest.flush(0), IOERR);
@@ -151,7 +154,10 @@ fn when_the_target_is_killed_requests_fail_the_log_says_why_and_the_end_is_as_qu
 #[test]
 fn a_target_that_falls_silent_is_lost_after_the_keep_alive_time() {
     let export = Export::start(&["ram:8M"]);
-    let mut attach = Attach::start_with(&["--keep-alive-tmo", "1"], export.uri());
+    let mut attach = Attach::start_with(
+        &["--keep-alive-tmo", "1", "--ctrl-loss-tmo", "0"],
+        export.uri(),
+    );
     let mut guest = FrontEnd::connect(&attach.socket);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     export.process.pause();
@@ -173,7 +179,7 @@ fn export_ends_in_time_with_hosts_connected_and_they_notice() {
     let file = format!("file:{}", path.display());
     for (spec, signal) in [("ram:8M", Signal::TERM), (&file, Signal::INT)] {
         let mut export = Export::start(&[spec]);
-        let mut attach = Attach::start(export.uri());
+        let mut attach = Attach::start_with(&["--ctrl-loss-tmo", "0"], export.uri());
         let mut guest = FrontEnd::connect(&attach.socket);
         assert_eq!(guest.write(0, 0, &[1; 512]), OK);
         export.stop_by(signal);
