@@ -190,7 +190,8 @@ pub(crate) struct AttachArgs {
         value_parser = value_parser!(i32).range(limits::LOSS_SECONDS)
     )]
     pub(crate) fast_io_fail_tmo: i32,
-    /// Seconds for which a queue that the VMM stops may wait for a lost controller; then its requests fail
+    /// Seconds for which a queue that the VMM stops, or leaves, may wait for a lost controller; then its requests
+    /// fail
     #[arg(
         long,
         value_name = "S",

@@ -41,8 +41,9 @@ pub(crate) const LOSS_SECONDS: RangeInclusive<i64> = -1..=i32::MAX as i64;
 
 /// Seconds that a ring may take to stop while the controller is lost.
 pub(crate) const DRAIN_SECONDS: RangeInclusive<i64> = 0..=3600;
-/// Short enough that a VMM that stops its guest is not taken for hung, long enough for a target to restart.
-pub(crate) const DEFAULT_DRAIN_SECONDS: u16 = 10;
+/// Short enough that a VMM that stops its guest is not taken for hung; longer than a target takes to restart, and
+/// than a fence is in force with the default keep-alive time-out.
+pub(crate) const DEFAULT_DRAIN_SECONDS: u16 = 20;
 
 /// Bytes of the serial that a guest can read (virtio 1.3, "GET_ID").
 pub(crate) const SERIAL_LEN: usize = 20;
@@ -96,6 +97,7 @@ const _: () = {
     assert!(MAX_NR_IO_QUEUES as i64 == *NR_IO_QUEUES.end());
     assert!(DEFAULT_QUEUE_SIZE as i64 <= *QUEUE_SIZE.end());
     assert!(DEFAULT_KEEP_ALIVE_SECONDS as i64 <= *KEEP_ALIVE_SECONDS.end());
+    assert!(DEFAULT_DRAIN_SECONDS > 3 * DEFAULT_KEEP_ALIVE_SECONDS);
     assert!(MAX_WRITE_ZEROES_SECTORS as u64 <= MAX_COMMAND_BLOCKS);
     assert!(MAX_NAMESPACES * 4 <= 4096);
 };
