@@ -160,7 +160,12 @@ mod tests {
             lane: 1,
             request: 7,
         };
-        for (blocks, held) in [(0..10, false), (9..11, true), (14..20, true), (15..16, false)] {
+        for (blocks, held) in [
+            (0..10, false),
+            (9..11, true),
+            (14..20, true),
+            (15..16, false),
+        ] {
             assert_eq!(fences.forbid(STRANGER, &blocks), held, "{blocks:?}");
             assert_eq!(fences.forbid(same_number_elsewhere, &blocks), held);
             assert!(!fences.forbid(owner, &blocks));

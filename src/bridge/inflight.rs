@@ -306,12 +306,7 @@ impl<T> Inflight<T> {
 
     /// As [`Self::give_up_waiting`], of some requests: of those that are set aside, and with `all` of those
     /// that wait for a queue pair, too.
-    pub(crate) fn give_up_some(
-        &mut self,
-        status: Status,
-        all: bool,
-        meant: impl Fn(&T) -> bool,
-    ) {
+    pub(crate) fn give_up_some(&mut self, status: Status, all: bool, meant: impl Fn(&T) -> bool) {
         let Self {
             slots,
             waiting,

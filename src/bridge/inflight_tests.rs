@@ -380,7 +380,11 @@ fn what_a_fence_holds_back_delays_nobody_and_goes_on_when_the_fence_is_gone() {
     assert!(!rig.inflight.is_waiting(), "rings go on being scanned");
     rig.fences = Fences::default();
     assert_eq!(rig.issue(), None);
-    assert_eq!(rig.queue.held.len(), 2, "it is looked at again when told to");
+    assert_eq!(
+        rig.queue.held.len(),
+        2,
+        "it is looked at again when told to"
+    );
     rig.inflight.fences_changed();
     assert_eq!(rig.issue(), None);
     assert_eq!(rig.queue.held[2].0.slba(), 7);
@@ -408,7 +412,8 @@ fn some_can_be_given_up_where_they_wait() {
     assert_eq!(rig.done(), failed(1), "it was behind a fence");
     assert_eq!(rig.done(), None);
     rig.inflight.fences_changed();
-    rig.inflight.give_up_some(Status::HOST_PATH_ERROR, true, odd);
+    rig.inflight
+        .give_up_some(Status::HOST_PATH_ERROR, true, odd);
     assert_eq!(rig.done(), failed(3));
     assert_eq!(rig.done(), None);
     assert!(rig.inflight.is_waiting());
@@ -542,7 +547,8 @@ impl Disk {
         let last = self.association - u64::from(self.connected);
         self.expired = (self.expired + 1).min(last);
         let expired = self.expired;
-        self.ghosts.retain(|(association, ..)| *association > expired);
+        self.ghosts
+            .retain(|(association, ..)| *association > expired);
         self.fences.expire(expired);
         for rig in &mut self.lanes {
             rig.fences = self.fences.clone();

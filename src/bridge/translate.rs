@@ -95,7 +95,10 @@ impl Limits {
 
 impl Limits {
     /// The blocks that a request changes, range by range; none of one that only reads, or is refused.
-    pub(crate) fn written<'a>(&self, request: Request<'a>) -> impl Iterator<Item = Range<u64>> + 'a {
+    pub(crate) fn written<'a>(
+        &self,
+        request: Request<'a>,
+    ) -> impl Iterator<Item = Range<u64>> + 'a {
         let (whole, ranges): (_, &[SectorRange]) = match request {
             Request::Write { sector, len, .. } => (self.blocks(sector, len as u64).ok(), &[]),
             Request::Discard(ranges) | Request::WriteZeroes { ranges, .. } => (None, ranges),

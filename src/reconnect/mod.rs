@@ -128,7 +128,10 @@ impl Path {
             let Some(way_back) = self.way_back.clone() else {
                 self.enter(Event::NoWayBack);
                 self.tell(|| LaneMessage::Fail).await;
-                tracing::error!(disk = self.name, "requests fail until the daemon is started again");
+                tracing::error!(
+                    disk = self.name,
+                    "requests fail until the daemon is started again"
+                );
                 return std::future::pending().await;
             };
             self.await_failure(outage.since, way_back.patience);
@@ -198,9 +201,14 @@ impl Path {
             }
         }
         // Now is later than the last command; what its milliseconds are short of is made up for.
-        let deadline = self.now().saturating_add(millis(quiet_after).saturating_add(1));
+        let deadline = self
+            .now()
+            .saturating_add(millis(quiet_after).saturating_add(1));
         self.fences.add_all(&fences, self.number, deadline);
-        let patience = self.way_back.as_ref().map(|way| way.patience.reconnect_delay);
+        let patience = self
+            .way_back
+            .as_ref()
+            .map(|way| way.patience.reconnect_delay);
         Outage {
             since,
             unanswered,
@@ -351,7 +359,11 @@ impl Path {
     async fn expire(&mut self) {
         let now = self.now();
         if self.fences.expire(now) {
-            tracing::debug!(disk = self.name, left = self.fences.len(), "fences have expired");
+            tracing::debug!(
+                disk = self.name,
+                left = self.fences.len(),
+                "fences have expired"
+            );
             let fences = Arc::new(self.fences.clone());
             self.tell(|| LaneMessage::Fences(Arc::clone(&fences))).await;
         }

@@ -145,10 +145,7 @@ mod tests {
     #[test]
     fn it_is_looked_for_by_what_is_its_own() {
         let mut lost = namespace();
-        assert_eq!(
-            selector(&lost),
-            NamespaceSelector::Uuid(Uuid::from_u128(1))
-        );
+        assert_eq!(selector(&lost), NamespaceSelector::Uuid(Uuid::from_u128(1)));
         lost.uuid = None;
         assert_eq!(selector(&lost), NamespaceSelector::Nguid([2; 16]));
         lost.nguid = None;

@@ -113,7 +113,8 @@ fn a_signal_ends_attach_while_it_waits_for_the_target() {
 }
 
 #[test]
-fn when_the_target_is_killed_and_nothing_is_held_requests_fail_the_log_says_why_and_the_end_is_as_quick() {
+fn when_the_target_is_killed_and_nothing_is_held_requests_fail_the_log_says_why_and_the_end_is_as_quick()
+ {
     let export = Export::start(&["ram:8M"]);
     let mut attach = Attach::start_with(&["--ctrl-loss-tmo", "0"], export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);

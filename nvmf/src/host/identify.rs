@@ -105,7 +105,10 @@ impl ControllerInfo {
         let periods = kato.as_nanos().div_ceil(unit.as_nanos());
         let kato = unit.saturating_mul(u32::try_from(periods).unwrap_or(u32::MAX));
         let times = if self.traffic_based_keep_alive { 3 } else { 2 };
-        Some(kato.saturating_mul(times).saturating_add(self.command_quiesce))
+        Some(
+            kato.saturating_mul(times)
+                .saturating_add(self.command_quiesce),
+        )
     }
 
     /// Write Zeroes is supported.
