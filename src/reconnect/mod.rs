@@ -62,8 +62,11 @@ pub(crate) struct Path {
     fences: Fences,
     /// What the deadlines of fences are counted from.
     epoch: Instant,
-    /// When held requests fail, and why; `None` when they do not, or do already.
+    /// When held requests fail, and why.
     failing: Vec<(Instant, Reason)>,
+    backoff: Backoff,
+    /// When the association was made.
+    connected: Instant,
 }
 
 /// Why held requests fail.
@@ -78,7 +81,10 @@ struct Outage {
     since: Instant,
     /// Requests that have to be replayed.
     unanswered: u64,
-    backoff: Backoff,
+    /// Attempts that were made.
+    attempts: u32,
+    /// It is logged.
+    loud: bool,
 }
 
 impl Path {
@@ -93,6 +99,8 @@ impl Path {
             losses,
             way_back,
         } = setup;
+        let patience = way_back.as_ref().map(|way| way.patience);
+        let most = patience.map_or(Duration::ZERO, |patience| patience.reconnect_delay);
         Self {
             name,
             state: State::Connected,
@@ -106,6 +114,8 @@ impl Path {
             fences: Fences::default(),
             epoch: Instant::now(),
             failing: Vec::new(),
+            backoff: Backoff::new(most),
+            connected: Instant::now(),
         }
     }
 
@@ -178,12 +188,22 @@ impl Path {
         let association = self.association.take();
         let controller = association.as_ref().map(Association::controller);
         let at = controller.map(|controller| controller.address.to_string());
-        tracing::warn!(
-            disk = self.name,
-            controller = at.as_deref().unwrap_or_default(),
-            "association lost: {cause}"
-        );
-        let quiet_after = self.quiet_after(controller);
+        let at = at.unwrap_or_default();
+        let loud = self.backoff.lost(self.connected.elapsed());
+        if loud {
+            tracing::warn!(
+                disk = self.name,
+                controller = at,
+                "association lost: {cause}"
+            );
+        } else {
+            tracing::debug!(
+                disk = self.name,
+                controller = at,
+                "association lost again: {cause}"
+            );
+        }
+        let quiet_after = self.quiet_after(controller, loud);
         drop(association);
         let mut answers = Vec::with_capacity(self.lanes.len());
         for lane in &self.lanes {
@@ -205,28 +225,25 @@ impl Path {
             .now()
             .saturating_add(millis(quiet_after).saturating_add(1));
         self.fences.add_all(&fences, self.number, deadline);
-        let patience = self
-            .way_back
-            .as_ref()
-            .map(|way| way.patience.reconnect_delay);
         Outage {
             since,
             unanswered,
-            backoff: Backoff::new(patience.unwrap_or_default()),
+            attempts: 0,
+            loud,
         }
     }
 
     /// How long a lost association may still write.
-    fn quiet_after(&self, controller: Option<&ControllerInfo>) -> Duration {
+    fn quiet_after(&self, controller: Option<&ControllerInfo>, loud: bool) -> Duration {
         let bound = controller.and_then(|controller| controller.quiet_after(self.keep_alive));
-        bound.unwrap_or_else(|| {
+        if bound.is_none() && loud {
             tracing::warn!(
                 disk = self.name,
                 "without keep-alive nothing says when a lost controller stops writing; {FEAR:?} are taken for \
                  enough"
             );
-            FEAR
-        })
+        }
+        bound.unwrap_or(FEAR)
     }
 
     /// Tries until it is connected again.
@@ -234,7 +251,8 @@ impl Path {
         let lanes = self.lanes.len();
         let lost = self.namespace.clone();
         loop {
-            let pause = outage.backoff.next();
+            let pause = self.backoff.next();
+            outage.attempts = outage.attempts.saturating_add(1);
             self.alongside(sleep(pause)).await;
             self.enter(Event::Elapsed);
             let association = match self.alongside(way_back.connect(lanes)).await {
@@ -275,9 +293,9 @@ impl Path {
     }
 
     fn attempt_failed(&mut self, error: &NotBack, outage: &Outage) {
-        let attempts = outage.backoff.attempts();
+        let attempts = outage.attempts;
         // The first, the second, the fourth and so on: an outage of days leaves a page.
-        if attempts.is_power_of_two() {
+        if outage.loud && attempts.is_power_of_two() {
             let since = outage.since.elapsed();
             tracing::warn!(
                 disk = self.name,
@@ -312,15 +330,20 @@ impl Path {
             };
             lane.send(LaneMessage::Resume(Box::new(resume))).await;
         }
-        tracing::info!(
-            disk = self.name,
-            %controller,
-            seconds = seconds(outage.since.elapsed()),
-            attempts = outage.backoff.attempts(),
-            replayed = outage.unanswered,
-            fenced = fences.len(),
-            "association is back"
-        );
+        self.connected = Instant::now();
+        if outage.loud {
+            tracing::info!(
+                disk = self.name,
+                %controller,
+                seconds = outage.since.elapsed().as_secs_f32(),
+                attempts = outage.attempts,
+                replayed = outage.unanswered,
+                fenced = fences.len(),
+                "association is back"
+            );
+        } else {
+            tracing::debug!(disk = self.name, %controller, "association is back again");
+        }
     }
 
     /// Sets the times at which held requests fail.

@@ -203,7 +203,8 @@ fn a_target_that_breaks_off_in_an_answer_to_the_guest_fails_it_and_those_after_a
             failure: Some((Some(Stage::Io), failure)),
             ..Script::default()
         });
-        let mut attach = Attach::start(&controller.uri());
+        // Otherwise they are held until it does better.
+        let mut attach = Attach::start_with(&["--ctrl-loss-tmo", "0"], &controller.uri());
         let mut guest = FrontEnd::connect(&attach.socket);
         assert_eq!(guest.flush(0), IOERR, "{failure:?}");
         assert_eq!(guest.flush(0), IOERR, "{failure:?}");
