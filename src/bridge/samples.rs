@@ -1,8 +1,6 @@
 //! A controller and a namespace as the tests of the bridge know them.
 
-use std::time::Duration;
-
-use nvmf::host::{ControllerInfo, DeallocateLimits, NamespaceInfo, OptimalIo};
+use nvmf::host::{ControllerInfo, DeallocateLimits, Liveness, NamespaceInfo, OptimalIo};
 use nvmf::spec::Nqn;
 use nvmf::spec::identify::oncs;
 
@@ -23,9 +21,7 @@ pub(super) fn controller() -> ControllerInfo {
         volatile_write_cache: true,
         max_write_zeroes: None,
         deallocate: DeallocateLimits::default(),
-        keep_alive_granularity: Duration::from_secs(1),
-        traffic_based_keep_alive: false,
-        command_quiesce: Duration::ZERO,
+        liveness: Liveness::default(),
     }
 }
 

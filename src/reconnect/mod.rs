@@ -235,7 +235,8 @@ impl Path {
 
     /// How long a lost association may still write.
     fn quiet_after(&self, controller: Option<&ControllerInfo>, loud: bool) -> Duration {
-        let bound = controller.and_then(|controller| controller.quiet_after(self.keep_alive));
+        let bound =
+            controller.and_then(|controller| controller.liveness.quiet_after(self.keep_alive));
         if bound.is_none() && loud {
             tracing::warn!(
                 disk = self.name,

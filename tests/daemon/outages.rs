@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use vhost::VhostBackend;
 
-use crate::daemons::{Attach, Directory, END, Export};
+use crate::daemons::{Attach, Directory, Export};
 use crate::driver::{Direction, Driver};
 use crate::front_end::{DATA, FrontEnd, IOERR, OK, UNANSWERED, kind};
 use crate::noise::noise;
@@ -256,7 +256,7 @@ fn while_it_is_away_requests_are_held_and_attempts_are_few_in_the_log() {
         .iter()
         .filter(|line| line.contains("still not connected") && line.contains(&address))
         .collect();
-    assert!((2..=3).contains(&failures.len()), "{failures:?}");
+    assert!((2..=4).contains(&failures.len()), "{failures:?}");
     target.come_back("disk.img", UUID);
     guest.rings[0].wait(5);
     assert_eq!([0, 1, 2, 3, 4].map(|slot| guest.status(0, slot)), [OK; 5]);
@@ -323,7 +323,11 @@ fn a_controller_that_is_given_up_fails_requests_until_it_is_back() {
             assert_eq!(guest.write(0, 0, &[2; 512]), IOERR);
             assert_eq!(guest.flush(0), IOERR);
         }
-        assert!(failing.elapsed() < WHILE, "{:?}", failing.elapsed());
+        assert!(
+            failing.elapsed() < Duration::from_secs(1),
+            "{:?}",
+            failing.elapsed()
+        );
         let log = attach.process.stderr();
         assert!(
             log.iter()
@@ -367,11 +371,7 @@ fn a_front_end_that_comes_while_the_controller_is_away_is_served_as_soon_as_it_i
     drop(guest);
     let left = Instant::now();
     let mut guest = FrontEnd::connect(&attach.socket);
-    assert!(
-        left.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        left.elapsed()
-    );
+    assert!(left.elapsed() < SOON, "{:?}", left.elapsed());
     guest.add(0, 0, kind::WRITE, 16, &[out(DATA, 512)]);
     guest.rings[0].submit();
     assert!(guest.rings[0].is_silent(WHILE));
@@ -421,7 +421,10 @@ fn a_ring_that_is_stopped_while_the_controller_is_away_fails_what_it_has_after_a
     let asked = Instant::now();
     let base = guest.frontend.get_vring_base(0).expect("GET_VRING_BASE");
     let took = asked.elapsed();
-    assert!(took >= Duration::from_millis(900) && took < END, "{took:?}");
+    assert!(
+        took >= Duration::from_millis(900) && took < SOON,
+        "{took:?}"
+    );
     // What was taken is answered, and what was not is there for whoever goes on.
     let answered = guest.rings[0].used().len();
     assert!(answered >= 1);
@@ -454,11 +457,7 @@ fn a_write_that_a_lost_association_carries_out_late_does_not_undo_a_later_one() 
     // Replayed at once.
     guest.rings[0].wait(1);
     assert_eq!(guest.status(0, 0), OK);
-    assert!(
-        lost.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        lost.elapsed()
-    );
+    assert!(lost.elapsed() < FENCED, "{:?}", lost.elapsed());
     guest.add(0, 1, kind::WRITE, 4, &[out(second, 4096)]);
     // Neither reads nor writes elsewhere are held up behind it.
     guest.add(0, 2, kind::READ, 0, &[crate::ring::into(data, 4096)]);
@@ -466,11 +465,7 @@ fn a_write_that_a_lost_association_carries_out_late_does_not_undo_a_later_one() 
     guest.rings[0].submit();
     await_status(&guest, 2);
     await_status(&guest, 3);
-    assert!(
-        lost.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        lost.elapsed()
-    );
+    assert!(lost.elapsed() < FENCED, "{:?}", lost.elapsed());
     await_status(&guest, 1);
     let held = lost.elapsed();
     assert_eq!(guest.rings[0].used().len(), 3);

@@ -58,13 +58,19 @@ pub struct ControllerInfo {
     pub max_write_zeroes: Option<u64>,
     /// Limits of Dataset Management.
     pub deallocate: DeallocateLimits,
+    /// How it finds out that its host is gone.
+    pub liveness: Liveness,
+}
+
+/// How a controller finds out that its host is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Liveness {
     /// What its keep-alive timer counts in (KAS); zero when it does not tell.
-    pub keep_alive_granularity: Duration,
+    pub granularity: Duration,
     /// It takes any command for a sign of life (traffic-based keep-alive).
-    pub traffic_based_keep_alive: bool,
-    /// How long it may take to stop working on commands after it has found the host gone (CQT); zero when
-    /// it does not tell.
-    pub command_quiesce: Duration,
+    pub traffic_based: bool,
+    /// How long it may take to stop working on commands then (CQT); zero when it does not tell.
+    pub quiesce: Duration,
 }
 
 /// What one Dataset Management command may hold.
@@ -88,7 +94,7 @@ impl Default for DeallocateLimits {
     }
 }
 
-impl ControllerInfo {
+impl Liveness {
     /// How long after the host has sent its last command the controller may still be working on one, when the
     /// association was lost without a word; `kato` is the time-out that the association was made with. `None`
     /// without keep-alive: then the controller need not find out ever.
@@ -101,16 +107,15 @@ impl ControllerInfo {
         if kato.is_zero() {
             return None;
         }
-        let unit = self.keep_alive_granularity.max(Duration::from_millis(1));
+        let unit = self.granularity.max(Duration::from_millis(1));
         let periods = kato.as_nanos().div_ceil(unit.as_nanos());
         let kato = unit.saturating_mul(u32::try_from(periods).unwrap_or(u32::MAX));
-        let times = if self.traffic_based_keep_alive { 3 } else { 2 };
-        Some(
-            kato.saturating_mul(times)
-                .saturating_add(self.command_quiesce),
-        )
+        let times = if self.traffic_based { 3 } else { 2 };
+        Some(kato.saturating_mul(times).saturating_add(self.quiesce))
     }
+}
 
+impl ControllerInfo {
     /// Write Zeroes is supported.
     pub fn supports_write_zeroes(&self) -> bool {
         self.oncs & oncs::WRITE_ZEROES != 0
@@ -202,9 +207,11 @@ fn digest(
         volatile_write_cache: data.vwc & 1 != 0,
         max_write_zeroes: None,
         deallocate: DeallocateLimits::default(),
-        keep_alive_granularity: KEEP_ALIVE_UNIT * u32::from(data.kas.get()),
-        traffic_based_keep_alive: data.ctratt.get() & ctratt::TBKAS != 0,
-        command_quiesce: Duration::from_millis(data.cqt.get().into()),
+        liveness: Liveness {
+            granularity: KEEP_ALIVE_UNIT * u32::from(data.kas.get()),
+            traffic_based: data.ctratt.get() & ctratt::TBKAS != 0,
+            quiesce: Duration::from_millis(data.cqt.get().into()),
+        },
     })
 }
 
@@ -340,7 +347,7 @@ mod tests {
     fn a_lost_controller_is_quiet_after_its_keep_alive_periods_and_the_time_that_it_states() {
         let after = |change: fn(&mut IdentifyController), kato| {
             let info = controller(change).unwrap();
-            info.quiet_after(Duration::from_millis(kato))
+            info.liveness.quiet_after(Duration::from_millis(kato))
         };
         let millis = |millis| Some(Duration::from_millis(millis));
         assert_eq!(after(|_| {}, 0), None);

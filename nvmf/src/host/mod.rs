@@ -30,6 +30,6 @@ mod tests;
 pub use address::TargetAddress;
 pub use association::Association;
 pub use error::{HostError, Loss, Queue};
-pub use identify::{ControllerInfo, DeallocateLimits};
+pub use identify::{ControllerInfo, DeallocateLimits, Liveness};
 pub use namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector, OptimalIo};
 pub use options::HostOptions;
