@@ -170,6 +170,22 @@ impl Daemon {
         Ok(())
     }
 
+    /// Stops it where it is, as if its machine had frozen.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal(Signal::STOP)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal(Signal::CONT)
+    }
+
     fn signal(&self, signal: Signal) -> Result<()> {
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal)

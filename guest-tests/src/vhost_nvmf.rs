@@ -83,8 +83,16 @@ impl Export {
     /// # Errors
     /// When it does not become ready.
     pub fn start<S: AsRef<str>>(specs: &[S]) -> Result<Self> {
+        Self::start_at("127.0.0.1:0", specs)
+    }
+
+    /// As [`Export::start`], listening on `address`: where another one was, for instance.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn start_at<S: AsRef<str>>(address: &str, specs: &[S]) -> Result<Self> {
         let mut command = Command::new(daemon_binary()?);
-        command.args(["export", "--log-format", "json", "--listen", "127.0.0.1:0"]);
+        command.args(["export", "--log-format", "json", "--listen", address]);
         command.args(specs.iter().map(AsRef::as_ref));
         Self::run(&command, specs.len())
     }

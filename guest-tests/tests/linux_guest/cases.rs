@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::{MIB, seed};
 
 /// For the cases that move much data.
-const LONG: Duration = Duration::from_secs(240);
+pub(crate) const LONG: Duration = Duration::from_secs(240);
 
 /// In the guest: everything written is on the disk, and reads go to the disk.
 pub(crate) const DROP_CACHES: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";

@@ -13,6 +13,7 @@ mod linux_discovery;
 mod linux_host;
 mod linux_target;
 mod machines;
+mod outages;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;

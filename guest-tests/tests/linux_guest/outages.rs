@@ -1,0 +1,138 @@
+//! A controller goes away and comes back under a guest that works on its disk.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use guest_tests::{Attach, AttachOptions, Checks, Disk, Export, Guest, GuestOptions};
+
+use crate::cases::{LONG, image, image_directory, no_kernel_errors};
+use crate::{MIB, seed};
+
+const SIZE_MIB: u64 = 128;
+/// Seconds; short, so that the test need not wait.
+const KEEP_ALIVE: &str = "2";
+/// Longer than that, and than an attempt to connect takes.
+const FROZEN: Duration = Duration::from_secs(8);
+const KILLS: usize = 3;
+const UUID: &str = "6ba7b812-9dad-41d1-80b4-00c04fd430c8";
+
+/// A mebibyte after the other is written and read back, until there is a file that ends it.
+const WORK: &str = "touch /tmp/working; round=0; while [ -e /tmp/working ]; do \
+     fio --name=outage --filename=/dev/vda --offset=$((round % 64))M --size=1M --rw=randwrite --bs=4k --ioengine=libaio \
+         --iodepth=8 --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1 --randseed=$((SEED + round)) \
+         >/tmp/fio.log || { tail -20 /tmp/fio.log >&2; exit 1; }; \
+     round=$((round + 1)); done; echo $round";
+
+struct Target {
+    address: String,
+    spec: String,
+    export: Export,
+}
+
+impl Target {
+    fn start(spec: String) -> Result<Self> {
+        let export = Export::start(&[&spec])?;
+        let uri = &export.uris[0];
+        let rest = uri.strip_prefix("nvme+tcp://");
+        let address = rest.and_then(|rest| rest.split('/').next());
+        let address = address.with_context(|| uri.clone())?.to_owned();
+        Ok(Self {
+            address,
+            spec,
+            export,
+        })
+    }
+
+    fn kill_and_restart(&mut self) -> Result<()> {
+        self.export.daemon.kill()?;
+        sleep(Duration::from_secs(2));
+        self.export = Export::start_at(&self.address, &[&self.spec])?;
+        Ok(())
+    }
+}
+
+/// Waits until the disk has been connected again so many times.
+fn await_back(attach: &Attach, times: usize) -> Result<()> {
+    for _ in 0..300 {
+        if attach.daemon.logged("association is back").len() >= times {
+            return Ok(());
+        }
+        sleep(Duration::from_millis(100));
+    }
+    anyhow::bail!("the disk is not connected again within 30 s");
+}
+
+#[test]
+fn a_controller_that_goes_away_and_comes_back_is_not_noticed() {
+    let mut checks = Checks::new("a controller goes away and comes back (vda)");
+    let directory = image_directory().unwrap();
+    let image = image(&directory, "outage.img", SIZE_MIB).unwrap();
+    let spec = format!("file:{},uuid={UUID}", image.display());
+    let mut target = Target::start(spec).unwrap();
+    let options = AttachOptions {
+        arguments: ["--keep-alive-tmo", KEEP_ALIVE].map(str::to_owned).to_vec(),
+        ..AttachOptions::default()
+    };
+    let socket = directory.path().join("outage.sock");
+    let mut attach = Attach::start(&socket, &target.export.uris[0], &options).unwrap();
+    let disks = vec![Disk { socket, queues: 2 }];
+    let mut guest = Guest::boot(&GuestOptions {
+        disks,
+        ..GuestOptions::default()
+    })
+    .unwrap();
+
+    let work = WORK.replace("SEED", &seed(0).to_string());
+    let job = guest.start(&work, LONG).unwrap();
+    sleep(Duration::from_secs(5));
+    checks.check("the target is killed and started again", || {
+        for kill in 1..=KILLS {
+            target.kill_and_restart()?;
+            await_back(&attach, kill)?;
+            sleep(Duration::from_secs(3));
+        }
+        Ok(format!("{KILLS} times"))
+    });
+    checks.check(
+        "it stands still for longer than the keep-alive time",
+        || {
+            target.export.daemon.freeze()?;
+            sleep(FROZEN);
+            target.export.daemon.thaw()?;
+            await_back(&attach, KILLS + 1)?;
+            sleep(Duration::from_secs(3));
+            Ok(format!("{FROZEN:?}"))
+        },
+    );
+    checks.check("what the guest wrote meanwhile, it has read", || {
+        guest.sh("rm /tmp/working")?;
+        let rounds: u64 = guest.finish(job)?.success()?.parse()?;
+        ensure!(rounds > 0, "it did nothing");
+        Ok(format!(
+            "{rounds} MiB, one after the other, seed {}",
+            seed(0)
+        ))
+    });
+    checks.check("no error in the kernel's log", || {
+        no_kernel_errors(&mut guest)
+    });
+    checks.check("power-off", || guest.power_off().map(|()| "QEMU ended"));
+    checks.check("the daemons end cleanly", || {
+        attach.stop()?;
+        target.export.stop()?;
+        let back = attach.daemon.logged("association is back");
+        let number = |name: &str| {
+            back.iter()
+                .map(|fields| fields[name].as_f64().unwrap_or(0.0))
+                .fold(0.0, f64::max)
+        };
+        let moved = attach.counters()?.written_bytes / MIB;
+        Ok(format!(
+            "away for {:.1} s at most, {} requests replayed at once at most, {moved} MiB written",
+            number("seconds"),
+            number("replayed")
+        ))
+    });
+    checks.finish();
+}
