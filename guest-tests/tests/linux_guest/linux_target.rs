@@ -29,6 +29,9 @@ struct Exported {
     digests: &'static [&'static str],
 }
 
+/// The disk after those: the first of them once more.
+const READ_ONLY: &str = "vdg";
+
 const DIGESTS: &[&str] = &["--hdr-digest", "--data-digest"];
 
 /// Every in-capsule limit with digests and without.
@@ -185,6 +188,12 @@ fn a_linux_target_is_a_disk_like_any_other() {
             queues: seen.queues,
         });
     }
+    let read_only = read_only(&directory, &target).unwrap();
+    disks.push(Disk {
+        socket: read_only.socket.clone(),
+        queues: 1,
+    });
+    attached.push(read_only);
     // It complains of Connects that it refuses.
     target.sh("dmesg -C").unwrap();
     let mut guest = Guest::boot(&GuestOptions {
@@ -236,6 +245,15 @@ fn a_linux_target_is_a_disk_like_any_other() {
     checks.check("flushes reach the target's device", || {
         flushes_arrive(&mut guest, &mut target)
     });
+    checks.check("and writes do, through its cache, without any", || {
+        writes_go_through(&mut guest, &mut target)
+    });
+    checks.check("a read-only disk reads, and refuses to be written", || {
+        only_read(&mut guest)
+    });
+    checks.check("after a reboot every disk has what was written", || {
+        survives_a_reboot(&mut guest)
+    });
     checks.check("no error in the guest's kernel log", || {
         no_kernel_errors(&mut guest)
     });
@@ -256,6 +274,48 @@ fn a_linux_target_is_a_disk_like_any_other() {
         no_controller_left(&mut target)
     });
     checks.finish();
+}
+
+/// [`READ_ONLY`], which another disk writes to.
+fn read_only(directory: &TempDir, target: &Guest) -> Result<Attach> {
+    let Exported { nsid, port, .. } = EXPORTED[0];
+    let uri = uri(target, port, NQN, nsid)?;
+    let options = AttachOptions {
+        num_queues: Some(1),
+        read_only: true,
+        ..AttachOptions::default()
+    };
+    Attach::start(&directory.path().join("read-only.sock"), &uri, &options)
+}
+
+fn only_read(guest: &mut Guest) -> Result<String> {
+    let writable = EXPORTED[0].seen.disk;
+    guest.sh(&format!(
+        "[ $(blockdev --getro /dev/{READ_ONLY}) = 1 ]; sync; blockdev --flushbufs /dev/{READ_ONLY}; \
+         cmp -n {MIB} /dev/{writable} /dev/{READ_ONLY}; \
+         ! dd if=/dev/zero of=/dev/{READ_ONLY} bs=4k count=1 conv=fsync status=none"
+    ))?;
+    Ok(format!("1 MiB of {writable} read through it"))
+}
+
+fn survives_a_reboot(guest: &mut Guest) -> Result<String> {
+    let stretch = Seeded {
+        seed: seed(0) ^ 3,
+        offset: 96 * MIB,
+        length: 4 * MIB,
+    };
+    for Exported { seen, .. } in EXPORTED {
+        write_and_read_back(guest, seen.disk, stretch)?;
+    }
+    guest.reboot()?;
+    for Exported { seen, .. } in EXPORTED {
+        seen.check(guest)?;
+        guest.sh(&format!(
+            "seeded-data verify /dev/{} {} {} {}",
+            seen.disk, stretch.offset, stretch.length, stretch.seed
+        ))?;
+    }
+    Ok(format!("{} disks, 4 MiB each", EXPORTED.len()))
 }
 
 /// What `attach` says when the target refuses it.
@@ -291,15 +351,29 @@ fn what_is_refused(checks: &mut Checks, directory: &TempDir, target: &Guest) {
     }
 }
 
+/// Flushes that the file behind vdc has had.
+fn flushes(target: &mut Guest) -> Result<u64> {
+    Ok(target
+        .sh("awk '{print $16}' /sys/block/loop0/stat")?
+        .parse()?)
+}
+
+/// A guest that chose write-through sends no flush, and what it wrote is durable all the same.
+fn writes_go_through(guest: &mut Guest, target: &mut Guest) -> Result<String> {
+    let before = flushes(target)?;
+    guest.sh("echo 'write through' >/sys/block/vdc/cache_type; \
+         dd if=/dev/zero of=/dev/vdc bs=4k count=10 seek=20 conv=notrunc oflag=direct status=none; \
+         echo 'write back' >/sys/block/vdc/cache_type")?;
+    let arrived = flushes(target)? - before;
+    ensure!(arrived >= 10, "{arrived} flushes arrived after 10 writes");
+    Ok(format!("{arrived} after 10 writes"))
+}
+
 fn flushes_arrive(guest: &mut Guest, target: &mut Guest) -> Result<String> {
-    let count = |target: &mut Guest| -> Result<u64> {
-        let stat = target.sh("awk '{print $16}' /sys/block/loop0/stat")?;
-        Ok(stat.parse()?)
-    };
-    let before = count(target)?;
+    let before = flushes(target)?;
     guest.sh("for i in $(seq 10); do \
          dd if=/dev/zero of=/dev/vdc bs=4k count=1 seek=$i conv=notrunc,fsync status=none; done")?;
-    let arrived = count(target)? - before;
+    let arrived = flushes(target)? - before;
     ensure!(arrived >= 10, "{arrived} flushes arrived after 10 fsyncs");
     Ok(format!("{arrived} after 10 fsyncs"))
 }
