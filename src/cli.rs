@@ -248,7 +248,7 @@ pub(crate) struct ServeArgs {
     #[arg(
         long,
         value_name = "NS",
-        default_value_t = 0,
+        default_value_t = limits::DEFAULT_LOCAL_POLL_MAX_NS,
         value_parser = value_parser!(u32).range(limits::POLL_MAX_NS)
     )]
     pub(crate) poll_max_ns: u32,

@@ -25,6 +25,9 @@ pub(crate) const LOCAL_QUEUE_SIZE: u16 = 1024;
 
 /// Nanoseconds of looking for work before a sleep: longer than a millisecond is a polling core.
 pub(crate) const POLL_MAX_NS: RangeInclusive<i64> = 0..=1_000_000;
+/// The same for a local disk, which answers sooner than its guest wakes up: what a sleep and a wake-up
+/// take, so looking costs no more than sleeping.
+pub(crate) const DEFAULT_LOCAL_POLL_MAX_NS: u32 = 50_000;
 
 /// Seconds after which a silent association is lost; 0 turns keep-alive off.
 pub(crate) const KEEP_ALIVE_SECONDS: RangeInclusive<i64> = 0..=3600;
@@ -93,6 +96,7 @@ pub(crate) const NEW_LANES: usize = 64;
 const _: () = {
     assert!(LANE_SLOTS <= MAX_SLOTS);
     assert!(LOCAL_QUEUE_SIZE as usize >= LANE_SLOTS);
+    assert!(DEFAULT_LOCAL_POLL_MAX_NS as i64 <= *POLL_MAX_NS.end());
     assert!(DEFAULT_NUM_QUEUES as i64 <= *NUM_QUEUES.end());
     assert!(MAX_NR_IO_QUEUES as i64 == *NR_IO_QUEUES.end());
     assert!(DEFAULT_QUEUE_SIZE as i64 <= *QUEUE_SIZE.end());
