@@ -30,6 +30,9 @@ const TAKE_MAX: usize = 128;
 /// the next are worked on, so that neither waits for the other; larger batches would have both take
 /// turns, and sleep in between.
 const ANSWERED_MAX: usize = 8;
+/// Bytes after which such a batch takes no more: large requests are worked on for as long as several
+/// small ones.
+const ANSWERED_BYTES: u64 = 512 << 10;
 
 /// Associations of a disk are counted from here.
 pub(crate) const FIRST_ASSOCIATION: u64 = 1;
@@ -368,18 +371,27 @@ impl DeviceLane {
     /// Takes requests from the rings that may have some. True when one has more for the next turn.
     fn take_requests(&mut self) -> bool {
         let answers = self.paths.iter().any(|pair| pair.answers_in_flush());
-        let most = if answers { self.batch } else { TAKE_MAX };
+        let (most, most_bytes) = if answers {
+            (self.batch, ANSWERED_BYTES)
+        } else {
+            (TAKE_MAX, u64::MAX)
+        };
         let mut more = false;
         for at in 0..self.rings.len() {
             if self.rings[at].scan && self.rings[at].stopping.is_none() {
-                more |= self.take_from(at, most);
+                more |= self.take_from(at, most, most_bytes);
             }
         }
         more
     }
 
-    fn take_from(&mut self, at: usize, most: usize) -> bool {
+    /// Takes up to `most` requests, and none once they move `most_bytes`.
+    fn take_from(&mut self, at: usize, most: usize, most_bytes: u64) -> bool {
+        let mut bytes = 0;
         for _ in 0..most {
+            if bytes >= most_bytes {
+                return true;
+            }
             if self.inflight.room() == 0 || self.inflight.is_waiting() {
                 // Completions make room, and then the scan goes on.
                 return false;
@@ -389,7 +401,7 @@ impl DeviceLane {
             match ring.queue.take(&mut || storage.list()) {
                 Ok(Some(request)) => {
                     let index = ring.index;
-                    self.begin(index, request);
+                    bytes += self.begin(index, request);
                 }
                 Ok(None) => {
                     ring.scan = false;
@@ -406,7 +418,8 @@ impl DeviceLane {
         true
     }
 
-    fn begin(&mut self, ring: usize, request: Request) {
+    /// Begins a request. Returns the bytes that it moves.
+    fn begin(&mut self, ring: usize, request: Request) -> u64 {
         let Request { token, operation } = request;
         let bytes = match &operation {
             Operation::Read { sink, .. } => sink.len() as u64,
@@ -422,6 +435,7 @@ impl DeviceLane {
                 self.answer(guest, BlkStatus::IoError);
             }
         }
+        bytes
     }
 
     /// Answers every request that is over.
