@@ -115,10 +115,9 @@ enum LogLevel {
     Trace,
 }
 
-/// Options of `attach`.
+/// What a disk is to its VMM, wherever its blocks are.
 #[derive(Debug, Args)]
-#[command(after_help = ATTACH_EXAMPLES)]
-pub(crate) struct AttachArgs {
+pub(crate) struct DiskArgs {
     /// Unix socket for the VMM to connect to
     #[arg(long, value_name = "PATH")]
     pub(crate) socket_path: PathBuf,
@@ -136,6 +135,14 @@ pub(crate) struct AttachArgs {
     /// Offer a read-only disk
     #[arg(long)]
     pub(crate) read_only: bool,
+}
+
+/// Options of `attach`.
+#[derive(Debug, Args)]
+#[command(after_help = ATTACH_EXAMPLES)]
+pub(crate) struct AttachArgs {
+    #[command(flatten)]
+    pub(crate) disk: DiskArgs,
     /// Host NQN to connect with [default: /etc/nvme/hostnqn, else from /etc/machine-id]
     #[arg(long, value_name = "NQN")]
     pub(crate) hostnqn: Option<Nqn>,
@@ -223,23 +230,8 @@ pub(crate) struct AttachArgs {
 #[derive(Debug, Args)]
 #[command(after_help = format!("{SERVE_EXAMPLES}\n\n{STORAGE_THAT_FAILS}"))]
 pub(crate) struct ServeArgs {
-    /// Unix socket for the VMM to connect to
-    #[arg(long, value_name = "PATH")]
-    pub(crate) socket_path: PathBuf,
-    /// Queues on offer to the guest: at least its vCPUs
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = limits::DEFAULT_NUM_QUEUES,
-        value_parser = value_parser!(u16).range(limits::NUM_QUEUES)
-    )]
-    pub(crate) num_queues: u16,
-    /// Serial that the guest reads, at most 20 characters [default: from the UUID]
-    #[arg(long, value_name = "S")]
-    pub(crate) serial: Option<Serial>,
-    /// Offer a read-only disk
-    #[arg(long)]
-    pub(crate) read_only: bool,
+    #[command(flatten)]
+    pub(crate) disk: DiskArgs,
     /// Lanes that work on requests, each with an I/O queue pair [default: as many as CPUs]
     #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(limits::NR_IO_QUEUES))]
     pub(crate) nr_io_queues: Option<u16>,
@@ -367,7 +359,7 @@ Examples:
     vhost-nvmf attach --socket-path /run/disk.sock --read-only \\
         'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'
   Over a network that is not trusted to keep bits as they are:
-    vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \
+    vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks";
 
 const SERVE_EXAMPLES: &str = "\

@@ -156,10 +156,10 @@ impl AttachConfig {
     pub(crate) fn resolve(args: AttachArgs, machine: &Machine) -> Self {
         let HostIdentity { nqn, id } = HostIdentity::resolve(args.hostnqn, args.hostid, machine);
         Self {
-            socket_path: args.socket_path,
-            num_queues: args.num_queues,
-            serial: args.serial,
-            read_only: args.read_only,
+            socket_path: args.disk.socket_path,
+            num_queues: args.disk.num_queues,
+            serial: args.disk.serial,
+            read_only: args.disk.read_only,
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
             drain: Duration::from_secs(args.drain_tmo.into()),
             patience: Patience {
@@ -198,7 +198,7 @@ impl ServeConfig {
     /// [`ConfigError`] names what cannot be served as asked.
     pub(crate) fn resolve(args: ServeArgs, machine: &Machine) -> Result<Self, ConfigError> {
         let mut spec = args.spec;
-        let mut read_only = args.read_only;
+        let mut read_only = args.disk.read_only;
         if let Storage::File {
             read_only: file, ..
         } = &mut spec.storage
@@ -208,10 +208,10 @@ impl ServeConfig {
         }
         let HostIdentity { nqn, id } = HostIdentity::resolve(None, None, machine);
         Ok(Self {
-            socket_path: args.socket_path,
+            socket_path: args.disk.socket_path,
             choices: Choices {
-                num_queues: args.num_queues,
-                serial: args.serial,
+                num_queues: args.disk.num_queues,
+                serial: args.disk.serial,
                 read_only,
             },
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
