@@ -4,8 +4,9 @@ pub(crate) mod lane;
 pub(crate) mod mailbox;
 mod patience;
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 
@@ -14,6 +15,7 @@ use nvmf::transport::{Lane, Ready, Turn};
 use tokio::runtime::Builder;
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::limits::NEW_LANES;
 
@@ -33,7 +35,10 @@ impl Worker {
     /// # Errors
     /// No thread or no descriptor can be had.
     pub(crate) fn start(index: usize) -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_io().build()?;
+        let runtime = Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()?;
         let (lanes, mut new) = mpsc::channel::<NewLane>(NEW_LANES);
         let name = format!("worker-{index}");
         let thread = std::thread::Builder::new().name(name).spawn(move || {
@@ -75,6 +80,7 @@ async fn drive(lane: Box<dyn Lane>) {
         ready: Vec::new(),
         generation: None,
         again: false,
+        alarm: None,
     };
     poll_fn(|cx| driver.poll(cx)).await;
 }
@@ -86,6 +92,8 @@ struct Driver {
     generation: Option<u64>,
     /// The last turn stopped at its bound.
     again: bool,
+    /// Rings at the lane's deadline. Made once, for lanes that have one, and then set anew.
+    alarm: Option<Pin<Box<Sleep>>>,
 }
 
 impl Driver {
@@ -103,7 +111,7 @@ impl Driver {
             for (index, (watch, ready)) in self.watches.iter().zip(&mut self.ready).enumerate() {
                 due |= watch.poll(cx, self.lane.wants_write(index), ready);
             }
-            if !due {
+            if !due && !self.poll_alarm(cx) {
                 return Poll::Pending;
             }
             match self.lane.turn(&mut self.ready) {
@@ -117,6 +125,20 @@ impl Driver {
                 Turn::Ended => return Poll::Ready(()),
             }
         }
+    }
+
+    /// True when the lane's deadline has passed; otherwise it will wake the lane, if there is one.
+    fn poll_alarm(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(deadline) = self.lane.deadline().map(Instant::from_std) else {
+            return false;
+        };
+        let alarm = self
+            .alarm
+            .get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+        if alarm.deadline() != deadline {
+            alarm.as_mut().reset(deadline);
+        }
+        alarm.as_mut().poll(cx).is_ready()
     }
 
     /// Registers the lane's descriptors anew. Each counts as ready until it proves otherwise.
@@ -180,6 +202,58 @@ mod tests {
             self.left -= 1;
             Turn::Again
         }
+    }
+
+    /// Does nothing until its time has come, and ends then.
+    struct Patient {
+        until: std::time::Instant,
+        turns: Arc<AtomicUsize>,
+        over: std_mpsc::Sender<()>,
+    }
+
+    impl Lane for Patient {
+        fn generation(&self) -> u64 {
+            0
+        }
+
+        fn descriptors<'a>(&'a self, _out: &mut Vec<BorrowedFd<'a>>) {}
+
+        fn wants_write(&self, _index: usize) -> bool {
+            false
+        }
+
+        fn poll_mailbox(&mut self, _cx: &mut Context<'_>) -> bool {
+            false
+        }
+
+        fn deadline(&self) -> Option<std::time::Instant> {
+            Some(self.until)
+        }
+
+        fn turn(&mut self, _ready: &mut [Ready]) -> Turn {
+            self.turns.fetch_add(1, Ordering::Relaxed);
+            if std::time::Instant::now() < self.until {
+                return Turn::Idle;
+            }
+            self.over.send(()).unwrap();
+            Turn::Ended
+        }
+    }
+
+    #[test]
+    fn a_lane_has_a_turn_at_its_deadline_and_sleeps_until_then() {
+        let worker = Worker::start(0).unwrap();
+        let turns = Arc::new(AtomicUsize::new(0));
+        let (over, ended) = std_mpsc::channel();
+        let lane = Patient {
+            until: std::time::Instant::now() + Duration::from_millis(50),
+            turns: Arc::clone(&turns),
+            over,
+        };
+        assert!(worker.try_place(Box::new(move || Box::new(lane))));
+        ended.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(turns.load(Ordering::Relaxed), 2);
+        worker.finish().join().unwrap();
     }
 
     #[test]

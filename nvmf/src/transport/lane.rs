@@ -2,6 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::task::Context;
+use std::time::Instant;
 
 use super::Ready;
 
@@ -32,6 +33,12 @@ pub trait Lane: Send {
     /// Takes what the control plane sent, and leaves the waker where it will be found. True when
     /// there was something, so that a turn is due.
     fn poll_mailbox(&mut self, cx: &mut Context<'_>) -> bool;
+
+    /// When a turn is due although nothing has happened; `None` = never. It is asked after every turn
+    /// that leaves the lane idle. A turn that comes later than it says is no error.
+    fn deadline(&self) -> Option<Instant> {
+        None
+    }
 
     /// One turn. `ready` matches [`Self::descriptors`]; flags that were used up are cleared.
     fn turn(&mut self, ready: &mut [Ready]) -> Turn;
