@@ -83,9 +83,19 @@ pub(crate) struct Running {
     pub(crate) processes: Processes,
 }
 
+/// CPU time of a contender.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CpuSeconds {
+    /// Of all its processes.
+    pub(crate) all: f64,
+    /// Of the one that serves the socket.
+    pub(crate) device: f64,
+}
+
 /// All processes of a contender.
 #[derive(Debug, Default)]
 pub(crate) struct Processes {
+    /// The first serves the socket.
     programs: Vec<Program>,
     others: Vec<u32>,
 }
@@ -264,17 +274,21 @@ impl Processes {
         own.chain(self.others.iter().copied()).collect()
     }
 
-    /// CPU time of all its processes in seconds; none when they are not known.
+    /// The CPU time that it has used; none when its processes are not known.
     ///
     /// # Errors
     /// One has ended.
-    pub(crate) fn cpu_seconds(&self) -> Result<Option<f64>> {
-        let pids = self.pids();
-        let mut sum = 0.0;
-        for pid in &pids {
-            sum += kernel::cpu_time(*pid)?.as_secs_f64();
+    pub(crate) fn cpu_seconds(&self) -> Result<Option<CpuSeconds>> {
+        let mut used: Option<CpuSeconds> = None;
+        for pid in self.pids() {
+            let seconds = kernel::cpu_time(pid)?.as_secs_f64();
+            let first = CpuSeconds {
+                all: 0.0,
+                device: seconds,
+            };
+            used.get_or_insert(first).all += seconds;
         }
-        Ok((!pids.is_empty()).then_some(sum))
+        Ok(used)
     }
 
     /// The last that its programs said.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::calibration::calibrate;
-use crate::contender::{self, Backing, Contender, Kind, Running, Setup};
+use crate::contender::{self, Backing, Contender, CpuSeconds, Kind, Running, Setup};
 use crate::counting::{self, Counts};
 use crate::kernel;
 use crate::link::SECTOR;
@@ -210,14 +210,17 @@ fn timed(
     let cpu_after = processes.cpu_seconds()?;
     load.drain()?;
     let count = times.count() as f64;
+    let each = |of: fn(CpuSeconds) -> f64| {
+        let (before, after) = cpu.zip(cpu_after)?;
+        Some((of(after) - of(before)) / count * 1e6)
+    };
     Ok(Measurement {
         iops: count / seconds,
         mb_per_second: count * row.len as f64 / seconds / 1e6,
         p50_us: times.quantile(0.5) / 1e3,
         p99_us: times.quantile(0.99) / 1e3,
-        cpu_us: cpu
-            .zip(cpu_after)
-            .map(|(before, after)| (after - before) / count * 1e6),
+        cpu_us: each(|cpu| cpu.all),
+        device_cpu_us: each(|cpu| cpu.device),
     })
 }
 

@@ -7,6 +7,9 @@ pub(crate) struct Summary {
     pub(crate) median: f64,
     /// Half of the distance between the least and the greatest, in percent of the median.
     pub(crate) spread: f64,
+    /// Where the median of many more rounds would lie, in at least 95 of 100 runs; from the least to the
+    /// greatest where there are too few to say more.
+    pub(crate) interval: (f64, f64),
 }
 
 /// The summary of some values; none of none.
@@ -25,7 +28,29 @@ pub(crate) fn summarize(values: impl IntoIterator<Item = f64>) -> Option<Summary
     } else {
         (last - first) / 2.0 / median * 100.0
     };
-    Some(Summary { median, spread })
+    let outside = outside(values.len());
+    Some(Summary {
+        median,
+        spread,
+        interval: (values[outside], values[values.len() - 1 - outside]),
+    })
+}
+
+/// How many of `count` values may be left out at either end, so that the rest spans the true median with a
+/// probability of 95 percent. Each value is above it or below with the same probability, whatever the values
+/// are like, so the number below is binomially distributed.
+fn outside(count: usize) -> usize {
+    // The probability of so many below, and of at most so many.
+    let mut exactly = 0.5_f64.powi(i32::try_from(count).unwrap_or(i32::MAX));
+    let mut at_most = 0.0;
+    for below in 0..count {
+        at_most += exactly;
+        if at_most > 0.025 {
+            return below.saturating_sub(1).min(count.saturating_sub(1) / 2);
+        }
+        exactly *= (count - below) as f64 / (below + 1) as f64;
+    }
+    0
 }
 
 /// Buckets for each doubling: a value is known to less than one percent.
@@ -104,6 +129,18 @@ mod tests {
         assert_eq!(summary(&[30.0, 10.0, 20.0]).spread, 50.0);
         assert_eq!(summary(&[4.0, 1.0, 2.0, 3.0]).median, 2.5);
         assert_eq!(summary(&[0.0, 0.0]).spread, 0.0);
+    }
+
+    #[test]
+    fn the_interval_of_a_median_leaves_out_what_a_sign_test_does() {
+        // From tables of the binomial distribution: the k-th smallest and the k-th largest.
+        for (count, kth) in [(5, 1), (6, 1), (9, 2), (15, 4), (20, 6), (25, 8), (41, 14)] {
+            assert_eq!(outside(count), kth - 1, "of {count}");
+        }
+        let summary = summarize((1..=15).map(f64::from)).expect("values");
+        assert_eq!((summary.median, summary.interval), (8.0, (4.0, 12.0)));
+        let summary = summarize([2.0, 1.0]).expect("values");
+        assert_eq!(summary.interval, (1.0, 2.0));
     }
 
     #[test]

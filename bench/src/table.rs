@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::results::{Cell, Results};
+use crate::results::{Cell, Reached, Results};
 use crate::statistics::{Summary, summarize};
 
 /// How a table looks.
@@ -32,6 +32,7 @@ pub(crate) fn render(results: &Results, style: Style) -> String {
     let goals = goals(results);
     if goals.len() > 1 {
         table(&mut out, style, 2, &goals);
+        out.push_str("From … to: where the value lies with a probability of 95 %.\n");
     }
     for skipped in &results.skipped {
         // Writing to a string cannot fail.
@@ -100,18 +101,21 @@ fn measurement(row: &str, cell: &Cell) -> Vec<String> {
 }
 
 fn goals(results: &Results) -> Vec<Vec<String>> {
-    let mut lines = vec![line(["goal", "row", "value", "±%", "wanted", "reached"])];
+    let mut lines = vec![line([
+        "goal", "row", "value", "from", "to", "wanted", "reached",
+    ])];
     for goal in results.goals() {
-        let summary = Some(Summary {
-            median: goal.value,
-            spread: goal.spread,
-        });
-        let reached = if goal.reached { "yes" } else { "NO" };
+        let reached = match goal.reached {
+            Reached::Yes => "yes",
+            Reached::WithinNoise => "within noise",
+            Reached::No => "NO",
+        };
         lines.push(vec![
             goal.what,
             goal.row,
-            median(summary),
-            spread(summary),
+            short(goal.value),
+            short(goal.interval.0),
+            short(goal.interval.1),
             goal.goal,
             reached.to_owned(),
         ]);
@@ -125,12 +129,16 @@ fn line<const N: usize>(words: [&str; N]) -> Vec<String> {
 
 /// Three digits that matter.
 fn median(summary: Option<Summary>) -> String {
-    match summary {
-        None => "-".to_owned(),
-        Some(Summary { median: 0.0, .. }) => "0".to_owned(),
-        Some(Summary { median, .. }) if median < 10.0 => format!("{median:.2}"),
-        Some(Summary { median, .. }) if median < 100.0 => format!("{median:.1}"),
-        Some(Summary { median, .. }) => format!("{median:.0}"),
+    summary.map_or_else(|| "-".to_owned(), |summary| short(summary.median))
+}
+
+/// Three digits, more or less.
+fn short(value: f64) -> String {
+    match value {
+        0.0 => "0".to_owned(),
+        value if value < 10.0 => format!("{value:.2}"),
+        value if value < 100.0 => format!("{value:.1}"),
+        value => format!("{value:.0}"),
     }
 }
 

@@ -4,9 +4,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 
 use crate::copy::{copy_anywhere, copy_apart};
-
-/// Bytes that a digest takes at a time: they stay in the first cache between copy and sum.
-const DIGEST_PIECE: usize = 4096;
+use crate::digest;
 
 /// A range that does not lie inside what is described, or that ends before it begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -238,22 +236,31 @@ impl Extent {
         Ok(())
     }
 
-    /// Extends a CRC32C over the range. The bytes are copied to private memory piece by piece: the
-    /// digest is taken of what can no longer change, and no reference to foreign memory exists.
+    /// As [`Self::read`], and extends a CRC32C over what was copied.
+    pub(crate) fn read_crc32c(
+        &self,
+        offset: usize,
+        into: &mut [u8],
+        crc: u32,
+    ) -> Result<u32, OutOfBounds> {
+        self.check(offset, into.len())?;
+        let (mut done, mut crc) = (0, crc);
+        self.for_pieces(offset..offset + into.len(), |base, len| {
+            // SAFETY: as in `read`.
+            crc = unsafe { digest::copy_crc32c(crc, base, &mut into[done..done + len]) };
+            done += len;
+            true
+        });
+        Ok(crc)
+    }
+
+    /// Extends a CRC32C over the range.
     pub(crate) fn crc32c(&self, range: Range<usize>, crc: u32) -> Result<u32, OutOfBounds> {
         self.span(&range)?;
-        let mut private = [0u8; DIGEST_PIECE];
         let mut crc = crc;
         self.for_pieces(range, |base, len| {
-            let mut done = 0;
-            while done < len {
-                let take = (len - done).min(DIGEST_PIECE);
-                // SAFETY: `done + take <= len`, so the bytes lie in the same live segment (promised
-                // in `Segment::new`); `private` has room for `take` and is no one else's.
-                unsafe { copy_apart(base.add(done), private.as_mut_ptr(), take) };
-                crc = crc32c::crc32c_append(crc, &private[..take]);
-                done += take;
-            }
+            // SAFETY: `base..base+len` lies in a live segment (promised in `Segment::new`).
+            crc = unsafe { digest::crc32c(crc, base, len) };
             true
         });
         Ok(crc)

@@ -10,7 +10,7 @@
 //! A memdesc is a list of segments and what keeps them mapped. [`MemSource`] is memory that is
 //! read (host data on its way to a controller), [`MemSink`] is memory that is written. Neither
 //! ever lends a `&[u8]` over its segments: a guest may change them at any time, so they are
-//! reached by copies into private memory, by vectors handed to the kernel, and in no other way.
+//! reached by copies into private memory, by digests, by vectors handed to the kernel, and in no other way.
 //!
 //! NVMe/TCP is a byte stream, so segments need no alignment and may have any length.
 //!
@@ -25,6 +25,7 @@
 )]
 
 mod copy;
+mod digest;
 mod extent;
 mod file;
 mod sink;

@@ -87,6 +87,20 @@ impl MemSource {
         self.0.read(offset, into)
     }
 
+    /// As [`Self::copy_to`], and extends `crc`, the CRC32C of what came before (0 at the start), over what was
+    /// copied: whatever becomes of the memory, digest and copy belong together.
+    ///
+    /// # Errors
+    /// As [`Self::copy_to`].
+    pub fn copy_to_crc32c(
+        &self,
+        offset: usize,
+        into: &mut [u8],
+        crc: u32,
+    ) -> Result<u32, OutOfBounds> {
+        self.0.read_crc32c(offset, into, crc)
+    }
+
     /// Extends `crc`, the CRC32C of what came before (0 at the start), over the range. A guest may
     /// change its memory at any time, so this says nothing about what a later copy will hold:
     /// digest the copy where that matters.

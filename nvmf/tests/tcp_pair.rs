@@ -285,11 +285,11 @@ fn transfers_of_128_kib_copy_nothing_on_either_side() {
 }
 
 #[test]
-fn with_data_digests_each_side_copies_once_what_it_sends_and_nothing_that_it_receives() {
+fn with_data_digests_the_host_alone_copies_what_it_sends() {
     let sent = 64 * 131072;
     for digests in [DATA, BOTH] {
         let copied = round_trip(false, false, digests, &[131072], 64);
-        assert_eq!(copied, (sent, sent), "{digests:?}");
+        assert_eq!(copied, (sent, 0), "{digests:?}");
     }
 }
 

@@ -196,6 +196,11 @@ impl Memories {
 }
 
 impl Memory for Memories {
+    /// It is the controller's. Where a backend gives its own memory away to be sent, a write to the same
+    /// blocks at the same time may spoil a digest; such a read has no one result anyway, and the host
+    /// repeats it.
+    const MAY_CHANGE: bool = false;
+
     fn sink(&mut self, tag: u16) -> Target<'_> {
         let Some(slot) = self.slots.get_mut(usize::from(tag)) else {
             return Target::Discard;

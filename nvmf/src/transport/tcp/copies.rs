@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 
 use memdesc::{MemSource, OutOfBounds};
 
-use crate::tcp::{DIGEST_LEN, MAX_TX_DATA, crc32c};
+use crate::tcp::{DIGEST_LEN, MAX_TX_DATA};
 
 /// One payload of the largest size, or many small ones.
 const CHUNK_LEN: usize = MAX_TX_DATA as usize + DIGEST_LEN;
@@ -72,13 +72,11 @@ impl Copies {
         })?;
         let start = chunk.filled;
         let (data, rest) = chunk.bytes[start..].split_at_mut(len);
-        let copied = source.copy_to(offset, data);
-        if copied.is_ok() {
-            rest[..DIGEST_LEN].copy_from_slice(&crc32c(0, data).to_le_bytes());
-            chunk.filled += total;
-            chunk.live += 1;
-        }
-        copied.map(|()| PrivateCopy {
+        let digest = source.copy_to_crc32c(offset, data, 0)?;
+        rest[..DIGEST_LEN].copy_from_slice(&digest.to_le_bytes());
+        chunk.filled += total;
+        chunk.live += 1;
+        Ok(PrivateCopy {
             chunk: number,
             start,
             len: total,
@@ -142,6 +140,7 @@ fn give_back(chunk: Box<[u8]>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tcp::crc32c;
 
     fn pooled() -> usize {
         POOL.with_borrow(Vec::len)

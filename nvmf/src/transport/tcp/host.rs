@@ -57,6 +57,9 @@ impl TcpHost {
 }
 
 impl Memory for Memories {
+    /// It is a guest's.
+    const MAY_CHANGE: bool = true;
+
     fn sink(&mut self, slot: u16) -> Target<'_> {
         match self
             .slots

@@ -42,6 +42,9 @@ pub(super) trait Memory {
     fn sent(&mut self, payload: TxPayload);
     /// Outstanding transfers of [`DIRECT_MIN`] bytes and more that will be received.
     fn large_expected(&self) -> usize;
+    /// What is sent may change on its way, by the hand of somebody who is not to suffer for it: so a
+    /// digest is taken of a private copy. Otherwise it is taken in place where that is cheaper.
+    const MAY_CHANGE: bool;
 }
 
 /// See [`Memory::sink`].
@@ -80,8 +83,17 @@ pub(super) struct Stream<R> {
 /// A PDU that waits to be sent.
 struct Queued {
     pdu: TxPdu,
-    /// Its payload and digest, with data digests; otherwise the payload stays where it is.
-    copy: Option<PrivateCopy>,
+    data: Data,
+}
+
+/// The payload of a PDU that waits to be sent, if it has one.
+enum Data {
+    /// It stays where it is.
+    InPlace,
+    /// Likewise, and this follows it.
+    Digested([u8; DIGEST_LEN]),
+    /// It was copied, with its digest.
+    Copied(PrivateCopy),
 }
 
 enum Pump {
@@ -359,9 +371,9 @@ impl<R: Role> Stream<R> {
     fn last_words(&mut self, memory: &impl Memory) -> Vec<u8> {
         let mut bytes = Vec::new();
         let begun = self.batch.front().filter(|_| self.front_sent > 0);
-        if let Some(Queued { pdu, copy }) = begun {
+        if let Some(Queued { pdu, data }) = begun {
             bytes.extend_from_slice(pdu.header());
-            if let Some(copy) = copy {
+            if let Data::Copied(copy) = data {
                 bytes.extend_from_slice(self.copies.bytes(*copy));
             } else if let Some(payload) = pdu.payload {
                 let start = bytes.len();
@@ -372,6 +384,9 @@ impl<R: Role> Stream<R> {
                 let at = payload.offset.saturating_sub(base) as usize;
                 if source.copy_to(at, &mut bytes[start..]).is_err() {
                     return Vec::new();
+                }
+                if let Data::Digested(digest) = data {
+                    bytes.extend_from_slice(digest);
                 }
             }
             bytes.drain(..self.front_sent.min(bytes.len()));
@@ -418,43 +433,48 @@ impl<R: Role> Stream<R> {
                 break;
             };
             bytes += pdu.wire_len();
-            let copy = match pdu.payload {
+            let data = match pdu.payload {
                 Some(payload) if pdu.data_digest => {
-                    let Some(copy) = self.copy(memory, payload) else {
+                    let Some(data) = self.digested(memory, payload) else {
                         self.end(Ending::Lost("data to be sent is not there".to_owned()));
                         return false;
                     };
-                    Some(copy)
+                    data
                 }
-                _ => None,
+                _ => Data::InPlace,
             };
-            self.batch.push_back(Queued { pdu, copy });
+            self.batch.push_back(Queued { pdu, data });
         }
         !self.batch.is_empty()
     }
 
-    /// Copies payload that a digest is sent with.
-    fn copy(&mut self, memory: &impl Memory, payload: TxPayload) -> Option<PrivateCopy> {
+    /// Takes the digest of a payload: small ones are copied with it, so that many go with few vectors.
+    fn digested<M: Memory>(&mut self, memory: &M, payload: TxPayload) -> Option<Data> {
         let TxPayload { slot, offset, len } = payload;
         let (source, base) = memory.source(slot)?;
         let at = offset.saturating_sub(base) as usize;
-        let copy = self.copies.copy(source, at, len as usize).ok()?;
-        self.counters.copied_bytes += u64::from(len);
-        Some(copy)
+        let len = len as usize;
+        if !M::MAY_CHANGE && is_large(len) {
+            let digest = source.crc32c(at..at + len, 0).ok()?;
+            return Some(Data::Digested(digest.to_le_bytes()));
+        }
+        let copy = self.copies.copy(source, at, len).ok()?;
+        self.counters.copied_bytes += len as u64;
+        Some(Data::Copied(copy))
     }
 
     /// One call. True when the kernel took all that was gathered.
     fn send(&mut self, memory: &mut impl Memory) -> io::Result<bool> {
         let mut gather = self.storage.gather();
         let mut skip = self.front_sent;
-        for Queued { pdu, copy } in &self.batch {
-            if gather.room() < 2 {
+        for Queued { pdu, data } in &self.batch {
+            if gather.room() < 3 {
                 break;
             }
             let header = pdu.header();
             gather.bytes(&header[skip.min(header.len())..]);
             skip = skip.saturating_sub(header.len());
-            if let Some(copy) = copy {
+            if let Data::Copied(copy) = data {
                 let bytes = self.copies.bytes(*copy);
                 gather.bytes(&bytes[skip.min(bytes.len())..]);
             } else if let Some(payload) = pdu.payload {
@@ -462,9 +482,12 @@ impl<R: Role> Stream<R> {
                     break;
                 };
                 let at = payload.offset.saturating_sub(base) as usize;
-                let end = at + payload.len as usize;
-                if !gather.source(source, at + skip..end) {
+                let len = payload.len as usize;
+                if !gather.source(source, at + skip.min(len)..at + len) || gather.room() == 0 {
                     break;
+                }
+                if let Data::Digested(digest) = data {
+                    gather.bytes(&digest[skip.saturating_sub(len)..]);
                 }
             }
             skip = 0;
@@ -486,7 +509,7 @@ impl<R: Role> Stream<R> {
             }
             sent -= left;
             self.front_sent = 0;
-            if let Some(copy) = front.copy {
+            if let Data::Copied(copy) = front.data {
                 self.copies.release(copy);
             }
             if let Some(payload) = front.pdu.payload {
