@@ -1,5 +1,7 @@
 //! The command line: its spelling, its help, and its errors as one line.
 
+mod rates;
+
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -16,6 +18,7 @@ use crate::config::ids::parse_uuid;
 use crate::config::{DiscoveryUri, Serial, Spec, Uri};
 use crate::limits;
 use crate::logging::{LogFormat, LogOptions};
+use rates::RateArgs;
 
 /// What the vhost-user specification's back-end program conventions call the capabilities of a
 /// block back-end.
@@ -135,6 +138,8 @@ pub(crate) struct DiskArgs {
     /// Offer a read-only disk
     #[arg(long)]
     pub(crate) read_only: bool,
+    #[command(flatten)]
+    pub(crate) rates: RateArgs,
 }
 
 /// Options of `attach`.
