@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, value_parser};
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, value_parser};
 use nvmf::spec::Nqn;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
@@ -421,7 +421,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
         .iter()
         .skip(1)
         .find_map(|arg| SUBCOMMANDS.into_iter().find(|name| arg == name));
-    match CommandLine::try_parse_from(args) {
+    match CommandLine::try_parse_from(args).and_then(CommandLine::check) {
         Ok(CommandLine { log, command, .. }) => Ok(match command {
             Command::Attach(args) => Invocation::Attach(log.options(LogLevel::Info), args),
             Command::Serve(args) => Invocation::Serve(log.options(LogLevel::Info), args),
@@ -469,6 +469,21 @@ fn one_line(error: &clap::Error, subcommand: Option<&str>) -> String {
 fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse()
         .map_err(|_| "write ADDR:PORT, as in 127.0.0.1:4420 or [::1]:4420")
+}
+
+impl CommandLine {
+    /// What no single option shows to be wrong.
+    fn check(self) -> Result<Self, clap::Error> {
+        let checked = match &self.command {
+            Command::Attach(args) => args.disk.rates.check(),
+            Command::Serve(args) => args.disk.rates.check(),
+            _ => Ok(()),
+        };
+        match checked {
+            Ok(()) => Ok(self),
+            Err(message) => Err(Self::command().error(ErrorKind::ArgumentConflict, message)),
+        }
+    }
 }
 
 impl LogArgs {

@@ -2,64 +2,75 @@
 
 use std::num::NonZeroU64;
 
-use clap::{ArgGroup, Args, value_parser};
+use clap::{Args, value_parser};
 
 use crate::config::Size;
 use crate::limits;
 use crate::worker::rate::Rate;
 use crate::worker::throttle::{Limit, Rates};
 
-const IOPS_LIMITS: &str = "iops_limits";
-const BANDWIDTH_LIMITS: &str = "bandwidth_limits";
+const HEADING: &str = "Rate limits";
 
 /// Limits of a disk.
 #[derive(Debug, Clone, Copy, Default, Args)]
-#[command(
-    next_help_heading = "Rate limits",
-    group = ArgGroup::new(IOPS_LIMITS).args(["iops", "read_iops", "write_iops"]).multiple(true),
-    group = ArgGroup::new(BANDWIDTH_LIMITS)
-        .args(["bandwidth", "read_bandwidth", "write_bandwidth"])
-        .multiple(true)
-)]
 pub(crate) struct RateArgs {
     /// Requests in a second; others wait in the guest's queues. Flushes are not counted
-    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(limits::IOPS))]
+    #[arg(long, help_heading = HEADING, value_name = "N", value_parser = value_parser!(u64).range(limits::IOPS))]
     iops: Option<u64>,
     /// Reads in a second
-    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(limits::IOPS))]
+    #[arg(long, help_heading = HEADING, value_name = "N", value_parser = value_parser!(u64).range(limits::IOPS))]
     read_iops: Option<u64>,
     /// Writes, discards and write-zeroes in a second
-    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(limits::IOPS))]
+    #[arg(long, help_heading = HEADING, value_name = "N", value_parser = value_parser!(u64).range(limits::IOPS))]
     write_iops: Option<u64>,
     /// Requests at once after a pause, for each of these limits [default: a tenth of a second's]
     #[arg(
         long,
+        help_heading = HEADING,
         value_name = "N",
-        value_parser = value_parser!(u64).range(limits::IOPS),
-        requires = IOPS_LIMITS
+        value_parser = value_parser!(u64).range(limits::IOPS)
     )]
     iops_burst: Option<u64>,
     /// Bytes read and written in a second, as in 100M
-    #[arg(long, value_name = "SIZE", value_parser = parse_bandwidth)]
+    #[arg(long, help_heading = HEADING, value_name = "SIZE", value_parser = parse_bandwidth)]
     bandwidth: Option<Size>,
     /// Bytes read in a second
-    #[arg(long, value_name = "SIZE", value_parser = parse_bandwidth)]
+    #[arg(long, help_heading = HEADING, value_name = "SIZE", value_parser = parse_bandwidth)]
     read_bandwidth: Option<Size>,
     /// Bytes written in a second
-    #[arg(long, value_name = "SIZE", value_parser = parse_bandwidth)]
+    #[arg(long, help_heading = HEADING, value_name = "SIZE", value_parser = parse_bandwidth)]
     write_bandwidth: Option<Size>,
     /// Bytes at once after a pause, for each of these limits [default: a tenth of a second's]; a request
     /// that is larger passes all the same, and the next wait the longer
     #[arg(
         long,
+        help_heading = HEADING,
         value_name = "SIZE",
-        value_parser = parse_bandwidth,
-        requires = BANDWIDTH_LIMITS
+        value_parser = parse_bandwidth
     )]
     bandwidth_burst: Option<Size>,
 }
 
 impl RateArgs {
+    /// # Errors
+    /// Names a burst of something that has no limit.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let limits = [self.iops, self.read_iops, self.write_iops];
+        if let (Some(burst), [None, None, None]) = (self.iops_burst, limits) {
+            return Err(format!(
+                "--iops-burst {burst} limits nothing by itself; add --iops, --read-iops or --write-iops"
+            ));
+        }
+        let limits = [self.bandwidth, self.read_bandwidth, self.write_bandwidth];
+        if let (Some(burst), [None, None, None]) = (self.bandwidth_burst, limits) {
+            return Err(format!(
+                "--bandwidth-burst {burst} limits nothing by itself; add --bandwidth, \
+                 --read-bandwidth or --write-bandwidth"
+            ));
+        }
+        Ok(())
+    }
+
     /// The limits, with bursts.
     pub(crate) fn rates(&self) -> Rates {
         let requests = |per_second| rate(per_second, self.iops_burst);
@@ -122,8 +133,8 @@ mod tests {
 
     fn parse(args: &[&str]) -> Result<Rates, String> {
         let line = Line::try_parse_from([&["disk"], args].concat());
-        line.map(|line| line.rates.rates())
-            .map_err(|error| error.to_string())
+        let Line { rates } = line.map_err(|error| error.to_string())?;
+        rates.check().map(|()| rates.rates())
     }
 
     fn limit(per_second: u64, burst: u64) -> Option<Rate> {

@@ -1,4 +1,4 @@
-//! A rate that several threads keep to together, without a lock: when may the next one pass?
+//! A rate that several threads keep to together, without a lock: it says when the next one may pass.
 //!
 //! It is the token bucket of other block layers, kept as one number: the time at which the bucket would
 //! be full again (the "generic cell rate algorithm"). Whoever wants to pass takes its tokens at once, if

@@ -29,3 +29,4 @@ mod protocol;
 mod requests;
 mod stages;
 mod stopping;
+mod throttling;
