@@ -109,6 +109,13 @@ impl Disk {
             io_queues = pairs.len(),
             "namespace attached"
         );
+        if namespace.write_protected && !config.read_only {
+            tracing::warn!(
+                disk = %config.uri,
+                "the namespace is write protected: writes fail until that changes; attach it with \
+                 --read-only if it is to stay so"
+            );
+        }
         let backing = Backing {
             name: config.uri.to_string(),
             association,
