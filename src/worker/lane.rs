@@ -419,8 +419,7 @@ impl DeviceLane {
             let ring = &mut rings[at];
             match ring.queue.take(&mut || storage.list()) {
                 Ok(Some(request)) => {
-                    let index = ring.index;
-                    bytes += self.admit(index, request);
+                    bytes += self.admit(at, request);
                 }
                 Ok(None) => {
                     ring.scan = false;

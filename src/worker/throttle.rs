@@ -136,7 +136,7 @@ pub(super) struct Gate<T> {
     split: bool,
     /// Requests that may wait in all.
     most: usize,
-    /// The ring whose turn it is to be asked first.
+    /// The ring to ask first: the one after that whose request was the last to wait.
     first: usize,
 }
 
@@ -168,11 +168,9 @@ impl<T> Gate<T> {
     /// A turn begins.
     pub(super) fn begin_turn(&mut self, now: Instant) {
         self.now = self.throttle.time(now);
-        self.first = self.first.wrapping_add(1);
     }
 
-    /// The ring of `rings` that is asked for requests first: another in each turn, so that none gets
-    /// all that there is.
+    /// The ring of `rings` that is asked for requests first, so that none gets all that there is.
     pub(super) fn first_ring(&self, rings: usize) -> usize {
         self.first % rings.max(1)
     }
@@ -192,8 +190,8 @@ impl<T> Gate<T> {
         self.waiting() < self.most && lines.iter().any(|line| line.waiting.is_empty())
     }
 
-    /// Lets a request pass that may, and gives it back; otherwise it waits here.
-    pub(super) fn arrive(&mut self, weight: Option<Weight>, request: T) -> Option<T> {
+    /// Lets a request of ring number `ring` pass that may, and gives it back; otherwise it waits here.
+    pub(super) fn arrive(&mut self, ring: usize, weight: Option<Weight>, request: T) -> Option<T> {
         let Some(weight) = weight else {
             return Some(request);
         };
@@ -208,6 +206,7 @@ impl<T> Gate<T> {
             }
         }
         line.waiting.push_back((weight, request));
+        self.first = ring + 1;
         None
     }
 

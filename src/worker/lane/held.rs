@@ -40,12 +40,13 @@ impl DeviceLane {
         (true, first)
     }
 
-    /// Begins a request if the limits of the disk allow, otherwise it waits. Returns the bytes that move.
-    pub(super) fn admit(&mut self, ring: usize, request: Request) -> u64 {
+    /// Begins a request of the ring at `at` if the limits of the disk allow, otherwise it waits. Returns the bytes that move.
+    pub(super) fn admit(&mut self, at: usize, request: Request) -> u64 {
+        let ring = self.rings[at].index;
         let Some(gate) = &mut self.gate else {
             return self.begin(ring, request);
         };
-        match gate.arrive(Weight::of(&request.operation), (ring, request)) {
+        match gate.arrive(at, Weight::of(&request.operation), (ring, request)) {
             Some((ring, request)) => self.begin(ring, request),
             None => {
                 self.counters.throttled.add(1);
