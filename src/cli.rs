@@ -363,6 +363,9 @@ Examples:
   One of several, on another port of an IPv6 address, read-only:
     vhost-nvmf attach --socket-path /run/disk.sock --read-only \\
         'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'
+  With 500 requests and 20 MiB a second at most, and 2000 requests at once after a pause:
+    vhost-nvmf attach --socket-path /run/disk.sock --iops 500 --iops-burst 2000 --bandwidth 20M \\
+        nvme+tcp://storage.example/nqn.2026-01.org.example:disks
   Over a network that is not trusted to keep bits as they are:
     vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks";

@@ -434,6 +434,56 @@ proptest! {
         prop_assert_eq!((block, byte), (first + count, len));
     }
 
+    /// What zeroes blocks does so in order, without gap or overlap, and within the limits of what it is.
+    #[test]
+    fn the_parts_of_a_write_zeroes_cover_its_ranges_exactly(
+        shift in 9u32..=12,
+        ranges in proptest::collection::vec((0u64..5000, 1u32..4000, any::<bool>()), 0..4),
+        max_write_zeroes in proptest::option::of(4096u64..300_000),
+        max_transfer in proptest::option::of(4096u64..200_000),
+        boundary in proptest::option::of(1u32..500),
+        (supported, fua) in any::<(bool, bool)>(),
+    ) {
+        let mut limits = bounded(1 << shift, max_transfer, boundary);
+        let most = max_write_zeroes.map_or(MAX_COMMAND_BLOCKS, |bytes| bytes >> shift);
+        limits.write_zeroes = supported.then_some(WriteZeroesLimits {
+            blocks: most,
+            may_deallocate: true,
+        });
+        let per = 1 << (shift - 9);
+        let ranges: Vec<_> = ranges.into_iter().map(|(sector, count, unmap)| SectorRange {
+            sector: sector * u64::from(per),
+            count: count * per,
+            unmap,
+        }).collect();
+        let mut zeroed = Vec::new();
+        for step in steps(&limits, Request::WriteZeroes { ranges: &ranges, fua }).unwrap() {
+            let (slba, nlb, unmap) = match step {
+                Step::WriteZeroes(slba, nlb, deallocate) if supported => {
+                    prop_assert!(u64::from(nlb) <= most);
+                    (slba, nlb, deallocate)
+                }
+                Step::WriteZero(slba, nlb, its_fua) if !supported => {
+                    let bytes = u64::from(nlb) << shift;
+                    prop_assert!(bytes <= max_transfer.unwrap_or(u64::MAX).min(ZERO_WRITE_BYTES));
+                    prop_assert_eq!(its_fua, fua);
+                    if let Some(boundary) = boundary.map(u64::from) {
+                        prop_assert_eq!(slba / boundary, (slba + u64::from(nlb) - 1) / boundary);
+                    }
+                    (slba, nlb, false)
+                }
+                other => panic!("{other:?}"),
+            };
+            zeroed.extend((slba..slba + u64::from(nlb)).map(|block| (block, unmap)));
+        }
+        let expected: Vec<_> = ranges.iter().flat_map(|range| {
+            let first = range.sector / u64::from(per);
+            let unmap = range.unmap && supported;
+            (first..first + u64::from(range.count / per)).map(move |block| (block, unmap))
+        }).collect();
+        prop_assert_eq!(zeroed, expected);
+    }
+
     /// A discard names no block that is not wholly inside its ranges, and each that is, once.
     #[test]
     fn a_discard_names_exactly_the_blocks_inside_its_ranges(
