@@ -1,7 +1,5 @@
 //! The command line: its spelling, its help, and its errors as one line.
 
-mod rates;
-
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -19,6 +17,8 @@ use crate::config::{DiscoveryUri, Serial, Spec, Uri};
 use crate::limits;
 use crate::logging::{LogFormat, LogOptions};
 use rates::RateArgs;
+
+mod rates;
 
 /// What the vhost-user specification's back-end program conventions call the capabilities of a
 /// block back-end.
@@ -363,11 +363,11 @@ Examples:
   One of several, on another port of an IPv6 address, read-only:
     vhost-nvmf attach --socket-path /run/disk.sock --read-only \\
         'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'
-  With 500 requests and 20 MiB a second at most, and 2000 requests at once after a pause:
-    vhost-nvmf attach --socket-path /run/disk.sock --iops 500 --iops-burst 2000 --bandwidth 20M \\
-        nvme+tcp://storage.example/nqn.2026-01.org.example:disks
   Over a network that is not trusted to keep bits as they are:
     vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \\
+        nvme+tcp://storage.example/nqn.2026-01.org.example:disks
+  With 500 requests and 20 MiB a second at most, and 2000 requests at once after a pause:
+    vhost-nvmf attach --socket-path /run/disk.sock --iops 500 --iops-burst 2000 --bandwidth 20M \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks";
 
 const SERVE_EXAMPLES: &str = "\

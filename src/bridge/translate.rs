@@ -70,17 +70,17 @@ impl Limits {
         }
     }
 
+    fn bytes(&self, blocks: u64) -> usize {
+        // Only ever used for blocks of one request, whose bytes are in memory, or of one command.
+        usize::try_from(blocks << self.block_shift).unwrap_or(usize::MAX)
+    }
+
     /// Blocks from `first` that one Read or Write may move, at least 1.
     fn transfer_from(&self, first: u64) -> u64 {
         let to_boundary = self
             .boundary
             .map_or(u64::MAX, |blocks| blocks.get() - first % blocks);
         self.transfer_blocks.min(to_boundary)
-    }
-
-    fn bytes(&self, blocks: u64) -> usize {
-        // Only ever used for blocks of one request, whose bytes are in memory, or of one command.
-        usize::try_from(blocks << self.block_shift).unwrap_or(usize::MAX)
     }
 
     /// The blocks of `bytes` bytes from `sector`.
