@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, value_parser};
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, value_parser};
 use nvmf::spec::Nqn;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
@@ -16,6 +16,9 @@ use crate::config::ids::parse_uuid;
 use crate::config::{DiscoveryUri, Serial, Spec, Uri};
 use crate::limits;
 use crate::logging::{LogFormat, LogOptions};
+use rates::RateArgs;
+
+mod rates;
 
 /// What the vhost-user specification's back-end program conventions call the capabilities of a
 /// block back-end.
@@ -135,6 +138,8 @@ pub(crate) struct DiskArgs {
     /// Offer a read-only disk
     #[arg(long)]
     pub(crate) read_only: bool,
+    #[command(flatten)]
+    pub(crate) rates: RateArgs,
 }
 
 /// Options of `attach`.
@@ -360,6 +365,9 @@ Examples:
         'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'
   Over a network that is not trusted to keep bits as they are:
     vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \\
+        nvme+tcp://storage.example/nqn.2026-01.org.example:disks
+  With 500 requests and 20 MiB a second at most, and 2000 requests at once after a pause:
+    vhost-nvmf attach --socket-path /run/disk.sock --iops 500 --iops-burst 2000 --bandwidth 20M \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks";
 
 const SERVE_EXAMPLES: &str = "\
@@ -416,7 +424,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
         .iter()
         .skip(1)
         .find_map(|arg| SUBCOMMANDS.into_iter().find(|name| arg == name));
-    match CommandLine::try_parse_from(args) {
+    match CommandLine::try_parse_from(args).and_then(CommandLine::check) {
         Ok(CommandLine { log, command, .. }) => Ok(match command {
             Command::Attach(args) => Invocation::Attach(log.options(LogLevel::Info), args),
             Command::Serve(args) => Invocation::Serve(log.options(LogLevel::Info), args),
@@ -464,6 +472,21 @@ fn one_line(error: &clap::Error, subcommand: Option<&str>) -> String {
 fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse()
         .map_err(|_| "write ADDR:PORT, as in 127.0.0.1:4420 or [::1]:4420")
+}
+
+impl CommandLine {
+    /// What no single option shows to be wrong.
+    fn check(self) -> Result<Self, clap::Error> {
+        let checked = match &self.command {
+            Command::Attach(args) => args.disk.rates.check(),
+            Command::Serve(args) => args.disk.rates.check(),
+            _ => Ok(()),
+        };
+        match checked {
+            Ok(()) => Ok(self),
+            Err(message) => Err(Self::command().error(ErrorKind::ArgumentConflict, message)),
+        }
+    }
 }
 
 impl LogArgs {

@@ -4,7 +4,7 @@ use std::io;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nvmf::host::{Association, HostError, NamespaceInfo};
 use nvmf::transport::{HostQueuePair, Registry};
@@ -24,6 +24,7 @@ use crate::reconnect::{Path, PathSetup};
 use crate::worker::Worker;
 use crate::worker::lane::{DeviceLane, LaneSetup};
 use crate::worker::mailbox::{LaneMessage, Mailbox};
+use crate::worker::throttle::{Rates, Throttle};
 
 /// How long rings may take to drain when the daemon is told to end.
 const DRAIN: Duration = Duration::from_millis(500);
@@ -46,6 +47,8 @@ pub(crate) struct Backing {
     pub(crate) namespace: NamespaceInfo,
     /// Connected I/O queue pairs, at least one.
     pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
+    /// What it may do in a second.
+    pub(crate) rates: Rates,
     /// How long a lane looks for work before it sleeps, at most.
     pub(crate) poll_max: Duration,
     /// The keep-alive time-out that was asked for.
@@ -106,11 +109,19 @@ impl Disk {
             io_queues = pairs.len(),
             "namespace attached"
         );
+        if namespace.write_protected && !config.read_only {
+            tracing::warn!(
+                disk = %config.uri,
+                "the namespace is write protected: writes fail until that changes; attach it with \
+                 --read-only if it is to stay so"
+            );
+        }
         let backing = Backing {
             name: config.uri.to_string(),
             association,
             namespace,
             pairs,
+            rates: config.rates,
             poll_max: config.poll_max,
             keep_alive: config.host.keep_alive_tmo,
             drain: config.drain,
@@ -131,6 +142,7 @@ impl Disk {
             association,
             namespace,
             pairs,
+            rates,
             poll_max,
             keep_alive,
             drain,
@@ -141,6 +153,7 @@ impl Disk {
         let device = Device::new(geometry::device_options(&choices, controller, &namespace));
         let counters = Arc::new(DiskCounters::default());
         let mut lanes = Vec::with_capacity(pairs.len());
+        let throttle = Throttle::new(&rates, Instant::now()).map(Arc::new);
         let (loss, losses) = mpsc::channel(pairs.len().max(1));
         for ((pair, worker), index) in pairs.into_iter().zip(workers.iter().cycle()).zip(0..) {
             let (mailbox, mail) = Mailbox::new(MAILBOX);
@@ -153,6 +166,7 @@ impl Disk {
                 mail,
                 counters: counters.lane(),
                 slots: LANE_SLOTS,
+                throttle: throttle.clone(),
                 poll_max,
             };
             worker

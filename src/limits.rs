@@ -29,6 +29,15 @@ pub(crate) const POLL_MAX_NS: RangeInclusive<i64> = 0..=1_000_000;
 /// take, so looking costs no more than sleeping.
 pub(crate) const DEFAULT_LOCAL_POLL_MAX_NS: u32 = 50_000;
 
+/// Requests in a second, where they are limited: more is no limit.
+pub(crate) const IOPS: RangeInclusive<u64> = 1..=1_000_000_000;
+/// Bytes in a second, where they are limited: with less, one page takes longer than a second, and a guest
+/// takes its disk for hung.
+pub(crate) const BANDWIDTH_MIN: u64 = 4096;
+/// Bursts in a second, unless the user says how large one is: as in QEMU, where a limit without a burst
+/// allows a tenth of a second's, so that what comes unevenly gets its rate.
+pub(crate) const BURSTS_PER_SECOND: u64 = 10;
+
 /// Seconds after which a silent association is lost; 0 turns keep-alive off.
 pub(crate) const KEEP_ALIVE_SECONDS: RangeInclusive<i64> = 0..=3600;
 /// Short, because a write whose fate is unknown holds later writes back for a multiple of it.

@@ -71,6 +71,8 @@ counters! {
     read_bytes,
     /// Bytes that guests wrote.
     written_bytes,
+    /// Requests that waited for the limits of the disk.
+    throttled,
     /// NVMe commands sent.
     commands,
     /// Payload bytes copied inside the process.

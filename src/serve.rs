@@ -94,6 +94,7 @@ impl Local {
             association,
             namespace,
             pairs,
+            rates: config.rates,
             poll_max: config.poll_max,
             keep_alive: options.keep_alive_tmo,
             drain: LOCAL_DRAIN,

@@ -97,6 +97,8 @@ fn help_and_version_are_printed_and_are_no_failure() {
                 "--keep-alive-tmo",
                 "--hdr-digest",
                 "--data-digest",
+                "--iops-burst",
+                "--read-bandwidth",
                 "nvme+tcp://",
             ],
         ),
@@ -195,6 +197,13 @@ fn malformed_names_and_numbers_are_named() {
         ("--nr-io-queues", "many", "many"),
         ("--queue-size", "1", "2..=4096"),
         ("--keep-alive-tmo", "3601", "0..=3600"),
+        ("--iops", "0", "1..=1000000000"),
+        ("--write-iops", "1k", "digit"),
+        ("--iops-burst", "5", "--read-iops"),
+        ("--bandwidth", "0", "at least 4K"),
+        ("--read-bandwidth", "4095", "at least 4K"),
+        ("--write-bandwidth", "10MB", "as in 100M"),
+        ("--bandwidth-burst", "1M", "--write-bandwidth"),
     ] {
         attach_refused(&[option, value, &uri], &[option, value, word]);
     }

@@ -38,7 +38,11 @@ pub(crate) fn device_options(
     let sectors_per_block = (block_size / SECTOR).max(1);
     let optimal = &namespace.optimal;
     let granularity = optimal.write_granularity.unwrap_or(1);
-    let discard_blocks = optimal.deallocate_granularity.unwrap_or(1);
+    let min_io_blocks = unit(granularity, optimal.write_alignment);
+    let discard_blocks = unit(
+        optimal.deallocate_granularity.unwrap_or(1),
+        optimal.deallocate_alignment,
+    );
     let serial = choices
         .serial
         .map_or_else(|| serial(controller, namespace), Serial::bytes);
@@ -47,8 +51,11 @@ pub(crate) fn device_options(
         capacity_sectors: namespace.capacity() / u64::from(SECTOR),
         block_size,
         physical_block_exp: physical_block_exp(block_size, granularity),
-        min_io_blocks: u16::try_from(granularity).unwrap_or(u16::MAX),
-        opt_io_blocks: optimal.write_size.unwrap_or(0),
+        min_io_blocks: u16::try_from(min_io_blocks).unwrap_or(u16::MAX),
+        opt_io_blocks: optimal
+            .write_size
+            .filter(|blocks| blocks.is_multiple_of(min_io_blocks))
+            .unwrap_or(0),
         read_only: choices.read_only,
         num_queues: choices.num_queues,
         seg_max: SEG_MAX,
@@ -62,6 +69,13 @@ pub(crate) fn device_options(
         write_zeroes_may_unmap: true,
         serial,
     }
+}
+
+/// The unit, in blocks, whose multiples begin and end where the controller likes it. A guest knows no other
+/// alignment than that of a unit.
+fn unit(granularity: u32, alignment: Option<u32>) -> u32 {
+    let wider = alignment.filter(|alignment| alignment.is_multiple_of(granularity));
+    wider.unwrap_or(granularity)
 }
 
 /// log2 of the blocks in a physical block, where the preferred granularity is one.
@@ -105,7 +119,7 @@ fn serial(controller: &ControllerInfo, namespace: &NamespaceInfo) -> [u8; SERIAL
 
 #[cfg(test)]
 mod tests {
-    use nvmf::host::OptimalIo;
+    use nvmf::host::{DeallocateLimits, OptimalIo};
 
     use super::super::samples::{controller, namespace};
     use super::*;
@@ -164,6 +178,59 @@ mod tests {
         let options = with(512, 65536);
         assert_eq!(options.min_io_blocks, u16::MAX);
         assert_eq!(with(512, 6).physical_block_exp, 0);
+    }
+
+    #[test]
+    fn an_alignment_that_is_wider_than_the_granularity_is_the_unit_of_a_request() {
+        let with = |write_granularity, write_alignment, write_size| {
+            let options = options(&NamespaceInfo {
+                optimal: OptimalIo {
+                    write_granularity: Some(write_granularity),
+                    write_alignment: Some(write_alignment),
+                    write_size: Some(write_size),
+                    deallocate_granularity: Some(write_granularity),
+                    deallocate_alignment: Some(write_alignment),
+                    ..OptimalIo::default()
+                },
+                ..namespace(512, 1 << 30)
+            });
+            (
+                options.min_io_blocks,
+                options.opt_io_blocks,
+                options.discard_sector_alignment,
+            )
+        };
+        assert_eq!(with(8, 8, 64), (8, 64, 8));
+        assert_eq!(with(8, 32, 64), (32, 64, 32));
+        assert_eq!(with(8, 1, 64), (8, 64, 8));
+        assert_eq!(with(8, 12, 64), (8, 64, 8), "not a multiple");
+        assert_eq!(with(8, 32, 40), (32, 0, 32), "optimal for whom?");
+    }
+
+    #[test]
+    fn whatever_a_controller_can_and_cannot_do_what_is_on_offer_is_the_same() {
+        let poor = ControllerInfo {
+            oncs: 0,
+            volatile_write_cache: false,
+            max_transfer: Some(4096),
+            max_write_zeroes: Some(4096),
+            deallocate: DeallocateLimits {
+                max_ranges: 1,
+                max_range_blocks: 1,
+                max_blocks: Some(1),
+            },
+            ..controller()
+        };
+        let namespace = namespace(512, 1 << 30);
+        let protected = NamespaceInfo {
+            write_protected: true,
+            deallocated_reads_zero: false,
+            write_zeroes_deallocates: false,
+            ..namespace.clone()
+        };
+        let rich = format!("{:?}", device_options(&CHOICES, &controller(), &namespace));
+        let poor = format!("{:?}", device_options(&CHOICES, &poor, &protected));
+        assert_eq!(rich, poor);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! A request may be larger than anything that the controller takes, so its commands are not listed
 //! but generated: a [`Plan`] is a cursor of a few words that is advanced when a queue has room.
 
+use std::num::NonZeroU64;
 use std::ops::Range;
 
 use nvmf::host::{ControllerInfo, DeallocateLimits, NamespaceInfo};
@@ -27,6 +28,8 @@ pub(crate) struct Limits {
     block_count: u64,
     /// Blocks of one Read or Write, 1 to 65536.
     transfer_blocks: u64,
+    /// Multiples of this that no Read or Write crosses.
+    boundary: Option<NonZeroU64>,
     /// `None` where writes have to stand in for Write Zeroes.
     write_zeroes: Option<WriteZeroesLimits>,
     /// `None` where discards do nothing.
@@ -58,6 +61,8 @@ impl Limits {
             block_shift,
             block_count: namespace.block_count,
             transfer_blocks: command_blocks(controller.max_transfer),
+            boundary: (namespace.optimal.boundary)
+                .and_then(|blocks| NonZeroU64::new(blocks.into())),
             write_zeroes: controller.supports_write_zeroes().then_some(write_zeroes),
             deallocate: controller
                 .supports_deallocate()
@@ -68,6 +73,14 @@ impl Limits {
     fn bytes(&self, blocks: u64) -> usize {
         // Only ever used for blocks of one request, whose bytes are in memory, or of one command.
         usize::try_from(blocks << self.block_shift).unwrap_or(usize::MAX)
+    }
+
+    /// Blocks from `first` that one Read or Write may move, at least 1.
+    fn transfer_from(&self, first: u64) -> u64 {
+        let to_boundary = self
+            .boundary
+            .map_or(u64::MAX, |blocks| blocks.get() - first % blocks);
+        self.transfer_blocks.min(to_boundary)
     }
 
     /// The blocks of `bytes` bytes from `sector`.
@@ -346,7 +359,7 @@ impl Plan {
         next: u64,
         end: u64,
     ) -> Part<'static> {
-        let count = (end - next).min(limits.transfer_blocks);
+        let count = (end - next).min(limits.transfer_from(next));
         let after = next + count;
         self.0 = if after == end {
             Steps::Done
@@ -382,14 +395,14 @@ impl Plan {
             *self = Self::DONE;
             return None;
         };
+        let slba = (range.sector >> (limits.block_shift - SECTOR_SHIFT)) + done;
         let most = match limits.write_zeroes {
             Some(caps) => caps.blocks,
             None => limits
-                .transfer_blocks
+                .transfer_from(slba)
                 .min((ZERO_WRITE_BYTES >> limits.block_shift).max(1)),
         };
         let count = blocks_left(limits, range, done).min(most);
-        let slba = (range.sector >> (limits.block_shift - SECTOR_SHIFT)) + done;
         let work = RangeWork::Zero { fua };
         *self = Self::ranges(limits, work, ranges, index, done + count);
         let nlb = command_count(count);

@@ -1,5 +1,6 @@
 //! Plans of requests, command by command.
 
+use nvmf::host::OptimalIo;
 use nvmf::spec::opcode::nvm;
 use nvmf::spec::sqe::CDW12_DEAC;
 use proptest::prelude::*;
@@ -325,6 +326,87 @@ fn a_plan_can_be_tried_again_after_a_queue_was_full() {
     assert_eq!(first, plan);
 }
 
+fn bounded(block_size: u32, max_transfer: Option<u64>, boundary: Option<u32>) -> Limits {
+    let controller = ControllerInfo {
+        max_transfer,
+        ..controller()
+    };
+    let namespace = NamespaceInfo {
+        optimal: OptimalIo {
+            boundary,
+            ..OptimalIo::default()
+        },
+        ..namespace(block_size, 64 * MIB)
+    };
+    Limits::new(&controller, &namespace)
+}
+
+#[test]
+fn no_read_or_write_crosses_the_boundary_that_a_namespace_reports() {
+    let limits = bounded(512, Some(8192), Some(24));
+    let read = Request::Read {
+        sector: 20,
+        len: 40 * 512,
+    };
+    assert_eq!(
+        steps(&limits, read),
+        Ok(vec![
+            Step::Read(20, 4, 0..2048),
+            Step::Read(24, 16, 2048..10_240),
+            Step::Read(40, 8, 10_240..14_336),
+            Step::Read(48, 12, 14_336..20_480),
+        ])
+    );
+    let (sector, fua) = (23, true);
+    let write = Request::Write {
+        sector,
+        len: 1024,
+        fua,
+    };
+    assert_eq!(
+        steps(&limits, write),
+        Ok(vec![
+            Step::Write(23, 1, true, 0..512),
+            Step::Write(24, 1, true, 512..1024),
+        ])
+    );
+    let write = Request::Write {
+        sector: 24,
+        len: 8192,
+        fua,
+    };
+    assert_eq!(
+        steps(&limits, write),
+        Ok(vec![Step::Write(24, 16, true, 0..8192)])
+    );
+}
+
+#[test]
+fn writes_of_zeroes_keep_to_the_boundary_and_what_moves_no_data_does_not() {
+    let request = Request::WriteZeroes {
+        ranges: &[range(20, 10)],
+        fua: false,
+    };
+    let mut limits = bounded(512, None, Some(24));
+    assert_eq!(
+        steps(&limits, request),
+        Ok(vec![Step::WriteZeroes(20, 10, false)])
+    );
+    let discard = Request::Discard(&[range(20, 10)]);
+    assert_eq!(
+        steps(&limits, discard),
+        Ok(vec![Step::Deallocate(vec![(20, 10)])])
+    );
+    limits.write_zeroes = None;
+    assert_eq!(
+        steps(&limits, request),
+        Ok(vec![
+            Step::WriteZero(20, 4, false),
+            Step::WriteZero(24, 6, false),
+        ])
+    );
+}
+
 proptest! {
     /// The parts of a transfer are in order, without gap or overlap, and within the limits.
     #[test]
@@ -333,9 +415,9 @@ proptest! {
         first in 0u64..1000,
         count in 1u64..3000,
         max_transfer in proptest::option::of(4096u64..200_000),
+        boundary in proptest::option::of(1u32..500),
     ) {
-        let controller = ControllerInfo { max_transfer, ..controller() };
-        let limits = Limits::new(&controller, &namespace(1 << shift, 64 * MIB));
+        let limits = bounded(1 << shift, max_transfer, boundary);
         let sector = first << (shift - 9);
         let len = (count << shift) as usize;
         let (mut block, mut byte) = (first, 0);
@@ -344,9 +426,62 @@ proptest! {
             prop_assert_eq!((slba, range.start), (block, byte));
             prop_assert_eq!(range.len(), (nlb as usize) << shift);
             prop_assert!(range.len() as u64 <= max_transfer.unwrap_or(u64::MAX));
+            if let Some(boundary) = boundary.map(u64::from) {
+                prop_assert_eq!(slba / boundary, (slba + u64::from(nlb) - 1) / boundary);
+            }
             (block, byte) = (slba + u64::from(nlb), range.end);
         }
         prop_assert_eq!((block, byte), (first + count, len));
+    }
+
+    /// What zeroes blocks does so in order, without gap or overlap, and within the limits of what it is.
+    #[test]
+    fn the_parts_of_a_write_zeroes_cover_its_ranges_exactly(
+        shift in 9u32..=12,
+        ranges in proptest::collection::vec((0u64..5000, 1u32..4000, any::<bool>()), 0..4),
+        max_write_zeroes in proptest::option::of(4096u64..300_000),
+        max_transfer in proptest::option::of(4096u64..200_000),
+        boundary in proptest::option::of(1u32..500),
+        (supported, fua) in any::<(bool, bool)>(),
+    ) {
+        let mut limits = bounded(1 << shift, max_transfer, boundary);
+        let most = max_write_zeroes.map_or(MAX_COMMAND_BLOCKS, |bytes| bytes >> shift);
+        limits.write_zeroes = supported.then_some(WriteZeroesLimits {
+            blocks: most,
+            may_deallocate: true,
+        });
+        let per = 1 << (shift - 9);
+        let ranges: Vec<_> = ranges.into_iter().map(|(sector, count, unmap)| SectorRange {
+            sector: sector * u64::from(per),
+            count: count * per,
+            unmap,
+        }).collect();
+        let mut zeroed = Vec::new();
+        for step in steps(&limits, Request::WriteZeroes { ranges: &ranges, fua }).unwrap() {
+            let (slba, nlb, unmap) = match step {
+                Step::WriteZeroes(slba, nlb, deallocate) if supported => {
+                    prop_assert!(u64::from(nlb) <= most);
+                    (slba, nlb, deallocate)
+                }
+                Step::WriteZero(slba, nlb, its_fua) if !supported => {
+                    let bytes = u64::from(nlb) << shift;
+                    prop_assert!(bytes <= max_transfer.unwrap_or(u64::MAX).min(ZERO_WRITE_BYTES));
+                    prop_assert_eq!(its_fua, fua);
+                    if let Some(boundary) = boundary.map(u64::from) {
+                        prop_assert_eq!(slba / boundary, (slba + u64::from(nlb) - 1) / boundary);
+                    }
+                    (slba, nlb, false)
+                }
+                other => panic!("{other:?}"),
+            };
+            zeroed.extend((slba..slba + u64::from(nlb)).map(|block| (block, unmap)));
+        }
+        let expected: Vec<_> = ranges.iter().flat_map(|range| {
+            let first = range.sector / u64::from(per);
+            let unmap = range.unmap && supported;
+            (first..first + u64::from(range.count / per)).map(move |block| (block, unmap))
+        }).collect();
+        prop_assert_eq!(zeroed, expected);
     }
 
     /// A discard names no block that is not wholly inside its ranges, and each that is, once.

@@ -23,9 +23,11 @@ use crate::bridge::geometry::Choices;
 use crate::cli::{AttachArgs, ExportArgs, ServeArgs};
 use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
 use crate::reconnect::way_back::Patience;
+use crate::worker::throttle::Rates;
 pub(crate) use identity::{HostIdentity, Machine};
 pub(crate) use ids::Serial;
 pub(crate) use powercut::PowerCut;
+pub(crate) use size::Size;
 pub(crate) use spec::{BlockSize, Spec, Storage};
 pub(crate) use uri::{DiscoveryUri, Uri, host_of_listener};
 
@@ -40,6 +42,8 @@ pub(crate) struct AttachConfig {
     pub(crate) serial: Option<Serial>,
     /// The guest may not write.
     pub(crate) read_only: bool,
+    /// What it may do in a second.
+    pub(crate) rates: Rates,
     /// How long a lane looks for work before it sleeps, at most.
     pub(crate) poll_max: Duration,
     /// How long a ring that stops may wait for a controller that is lost.
@@ -59,6 +63,8 @@ pub(crate) struct ServeConfig {
     pub(crate) socket_path: PathBuf,
     /// What the user decides about the disk.
     pub(crate) choices: Choices,
+    /// What it may do in a second.
+    pub(crate) rates: Rates,
     /// How long a lane looks for work before it sleeps, at most.
     pub(crate) poll_max: Duration,
     /// How the embedded controller is connected to.
@@ -160,6 +166,7 @@ impl AttachConfig {
             num_queues: args.disk.num_queues,
             serial: args.disk.serial,
             read_only: args.disk.read_only,
+            rates: args.disk.rates.rates(),
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
             drain: Duration::from_secs(args.drain_tmo.into()),
             patience: Patience {
@@ -214,6 +221,7 @@ impl ServeConfig {
                 serial: args.disk.serial,
                 read_only,
             },
+            rates: args.disk.rates.rates(),
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
             host: HostOptions {
                 nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),

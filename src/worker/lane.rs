@@ -4,6 +4,8 @@
 //! what comes, as far as there are slots. When to try again, when to give up, and what must not be written
 //! meanwhile, is for the control plane to say; a lane has no clock for it.
 
+mod held;
+
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -16,6 +18,7 @@ use vhost_user_blk::{BlkStatus, Operation, Queue, Request, Token};
 
 use super::mailbox::{LaneMessage, PairLost, Resume};
 use super::patience::Patience;
+use super::throttle::{Gate, Throttle};
 use crate::bridge::fence::Fences;
 use crate::bridge::inflight::{Fate, Finished, Inflight, Unknown};
 use crate::bridge::status::FailureLog;
@@ -83,6 +86,8 @@ pub(crate) struct DeviceLane {
     past: Counters,
     rings: Vec<Ring>,
     inflight: Inflight<Guest>,
+    /// Where requests wait for the limits of the disk, with the number of their ring; `None` without any.
+    gate: Option<Gate<(usize, Request)>>,
     storage: Storage,
     failures: FailureLog,
     mail: mpsc::Receiver<LaneMessage>,
@@ -114,6 +119,8 @@ pub(crate) struct LaneSetup {
     pub(crate) counters: Arc<LaneCounters>,
     /// Guest requests that may be in flight at once.
     pub(crate) slots: usize,
+    /// What the disk may do, if that is limited.
+    pub(crate) throttle: Option<Arc<Throttle>>,
     /// How long it looks for work before it sleeps, at most.
     pub(crate) poll_max: Duration,
 }
@@ -130,6 +137,7 @@ impl DeviceLane {
             mail,
             counters,
             slots,
+            throttle,
             poll_max,
         } = setup;
         Self {
@@ -144,6 +152,7 @@ impl DeviceLane {
             past: Counters::default(),
             rings: Vec::new(),
             inflight: Inflight::new(index, slots),
+            gate: throttle.map(|throttle| Gate::new(throttle, slots)),
             storage: Storage::new(slots),
             failures: FailureLog::default(),
             mail,
@@ -221,6 +230,7 @@ impl DeviceLane {
         self.publish_counters();
         self.paths.clear();
         self.inflight = Inflight::new(0, 1);
+        self.gate = None;
         self.rings.clear();
         self.generation += 1;
         self.ended = true;
@@ -334,11 +344,15 @@ impl DeviceLane {
         let Self {
             rings, inflight, ..
         } = self;
-        if rings.iter().any(|ring| ring.late) {
+        let hurried = rings.iter().any(|ring| ring.late);
+        if hurried {
             let late = |index| rings.iter().any(|ring| ring.late && ring.index == index);
             inflight.give_up_some(Status::HOST_PATH_ERROR, no_path, |guest: &Guest| {
                 late(guest.ring)
             });
+        }
+        if hurried && no_path {
+            self.give_up_held();
         }
         // Then the rings have more to offer.
         waiting && !self.inflight.is_waiting()
@@ -376,8 +390,9 @@ impl DeviceLane {
         } else {
             (TAKE_MAX, u64::MAX)
         };
-        let mut more = false;
-        for at in 0..self.rings.len() {
+        let rings = self.rings.len();
+        let (mut more, first) = self.begin_held(most);
+        for at in (first..rings).chain(0..first) {
             if self.rings[at].scan && self.rings[at].stopping.is_none() {
                 more |= self.take_from(at, most, most_bytes);
             }
@@ -396,12 +411,15 @@ impl DeviceLane {
                 // Completions make room, and then the scan goes on.
                 return false;
             }
+            if self.gate.as_ref().is_some_and(|gate| !gate.is_open()) {
+                // The deadline does.
+                return false;
+            }
             let Self { rings, storage, .. } = self;
             let ring = &mut rings[at];
             match ring.queue.take(&mut || storage.list()) {
                 Ok(Some(request)) => {
-                    let index = ring.index;
-                    bytes += self.begin(index, request);
+                    bytes += self.admit(at, request);
                 }
                 Ok(None) => {
                     ring.scan = false;
@@ -532,9 +550,9 @@ impl DeviceLane {
         again
     }
 
-    /// Nothing is in flight.
+    /// Nothing is in flight, and nothing waits for the disk's limits.
     fn is_idle(&self) -> bool {
-        self.inflight.room() == self.slots
+        self.inflight.room() == self.slots && self.gate.as_ref().is_none_or(Gate::is_empty)
     }
 
     fn publish_counters(&self) {
@@ -598,6 +616,10 @@ impl Lane for DeviceLane {
                 Poll::Pending => return news,
             }
         }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.held_until()
     }
 
     fn turn(&mut self, ready: &mut [Ready]) -> Turn {

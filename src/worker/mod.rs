@@ -3,6 +3,8 @@
 pub(crate) mod lane;
 pub(crate) mod mailbox;
 mod patience;
+pub(crate) mod rate;
+pub(crate) mod throttle;
 
 use std::future::{Future, poll_fn};
 use std::io;

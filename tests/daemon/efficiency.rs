@@ -126,7 +126,7 @@ fn one_call_tells_the_guest_of_everything_that_one_wake_finished() {
 }
 
 /// Voluntary context switches, which are wake-ups, of workers and of all other threads.
-fn wake_ups(process: &Process) -> (u64, u64) {
+pub(crate) fn wake_ups(process: &Process) -> (u64, u64) {
     let (mut workers, mut others) = (0, 0);
     let mut by_name = BTreeMap::new();
     for (name, switches) in process.context_switches() {

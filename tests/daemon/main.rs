@@ -18,6 +18,7 @@ mod ring;
 mod scripted;
 
 mod bad_peers;
+mod controller_limits;
 mod data;
 mod efficiency;
 mod ending;
@@ -29,3 +30,4 @@ mod protocol;
 mod requests;
 mod stages;
 mod stopping;
+mod throttling;

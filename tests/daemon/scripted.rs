@@ -70,6 +70,8 @@ pub(crate) struct Script {
     pub(crate) connect: Option<Cqe>,
     pub(crate) controller: Option<fn(&mut IdentifyController)>,
     pub(crate) namespace: Option<fn(&mut IdentifyNamespace)>,
+    /// Limits of the NVM command set (CNS 06h), which it does not tell otherwise.
+    pub(crate) command_set: Option<fn(&mut [u8])>,
     /// Where and how it fails; everywhere, if nowhere in particular.
     pub(crate) failure: Option<(Option<Stage>, Failure)>,
     /// It is a discovery controller.
@@ -81,23 +83,31 @@ pub(crate) struct Script {
 /// A controller that listens on a port of its own until the test ends.
 pub(crate) struct Scripted {
     address: SocketAddr,
+    seen: Arc<Seen>,
+}
+
+/// What a controller was told.
+#[derive(Default)]
+struct Seen {
     /// Values that were written to CC.
-    configurations: Arc<Mutex<Vec<u32>>>,
+    configurations: Mutex<Vec<u32>>,
+    /// Commands of I/O queues, with their data.
+    commands: Mutex<Vec<(Sqe, Vec<u8>)>>,
 }
 
 impl Scripted {
     pub(crate) fn start(script: Script) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
-        let configurations = Arc::<Mutex<Vec<u32>>>::default();
-        let shared = Arc::new((script, Arc::clone(&configurations)));
+        let seen = Arc::<Seen>::default();
+        let shared = Arc::new((script, Arc::clone(&seen)));
         // Threads that nobody ends: each waits for bytes of a connection, and ends with it or with
         // the program.
         thread::spawn(move || {
             for (number, stream) in listener.incoming().map_while(Result::ok).enumerate() {
                 let shared = Arc::clone(&shared);
                 thread::spawn(move || {
-                    let (script, configurations) = &*shared;
+                    let (script, seen) = &*shared;
                     let _ = stream.set_read_timeout(Some(PATIENCE));
                     let cc = Cc::default();
                     // A host that hangs up is no error here.
@@ -106,17 +116,14 @@ impl Scripted {
                         admin: number == 0,
                         failure: None,
                         script,
-                        configurations,
+                        seen,
                         cc,
                     }
                     .serve();
                 });
             }
         });
-        Self {
-            address,
-            configurations,
-        }
+        Self { address, seen }
     }
 
     pub(crate) fn uri(&self) -> String {
@@ -129,10 +136,17 @@ impl Scripted {
 
     pub(crate) fn configurations(&self) -> Vec<Cc> {
         let all = self
+            .seen
             .configurations
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         all.iter().map(|cc| Cc(*cc)).collect()
+    }
+
+    /// Commands of I/O queues since the last call, with the data that they brought.
+    pub(crate) fn take_commands(&self) -> Vec<(Sqe, Vec<u8>)> {
+        let mut all = (self.seen.commands.lock()).unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut all)
     }
 }
 
@@ -143,7 +157,7 @@ struct Connection<'a> {
     /// What is to happen to what is sent next.
     failure: Option<Failure>,
     script: &'a Script,
-    configurations: &'a Mutex<Vec<u32>>,
+    seen: &'a Seen,
     cc: Cc,
 }
 
@@ -173,6 +187,11 @@ impl Connection<'_> {
             let mut data = vec![0; length as usize - CMD_LEN];
             self.stream.read_exact(&mut data)?;
             let sqe = Sqe::read_from_bytes(&header[8..]).expect("64 bytes");
+            if !self.admin && sqe.opcode != fabrics::OPCODE {
+                let all = self.seen.commands.lock();
+                let mut all = all.unwrap_or_else(PoisonError::into_inner);
+                all.push((sqe, data));
+            }
             self.answer(&sqe)?;
         }
     }
@@ -189,10 +208,18 @@ impl Connection<'_> {
             (fabrics::OPCODE, fabrics::PROPERTY_SET) => {
                 self.cc = Cc(sqe.cdw12.get());
                 let mut all = self
+                    .seen
                     .configurations
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner);
                 all.push(self.cc.0);
+                Cqe::new(0, Status::SUCCESS)
+            }
+            (nvm::READ, _) if !self.admin => {
+                self.send_data(cid, &vec![0; sqe.block_count() as usize * 512])?;
+                Cqe::new(0, Status::SUCCESS)
+            }
+            (nvm::WRITE | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT, _) if !self.admin => {
                 Cqe::new(0, Status::SUCCESS)
             }
             (admin::IDENTIFY, _) => match self.identify(sqe.cdw10.get() as u8) {
@@ -307,6 +334,7 @@ impl Connection<'_> {
                 bytes = data.as_bytes().to_vec();
             }
             cns::NAMESPACE_DESCRIPTORS => {}
+            cns::IO_CONTROLLER => self.script.command_set?(&mut bytes),
             _ => return None,
         }
         Some(bytes)

@@ -12,6 +12,8 @@ const LBADS: std::ops::RangeInclusive<u8> = 9..=16;
 const DLFEAT_ZEROES: u8 = 1;
 /// DLFEAT bit 3: Write Zeroes may deallocate.
 const DLFEAT_WRITE_ZEROES_DEALLOCATES: u8 = 1 << 3;
+/// NSFEAT bit 5, the upper of OPTPERF.
+const NSFEAT_OPTPERF_HIGH: u8 = 1 << 5;
 /// NSATTR bit 0: write protected now.
 const NSATTR_WRITE_PROTECTED: u8 = 1;
 
@@ -94,19 +96,18 @@ impl OptimalIo {
     fn from_identify(data: &IdentifyNamespace) -> Self {
         let one_based = |zero_based: u16| Some(u32::from(zero_based) + 1);
         let boundary = Some(u32::from(data.noiob.get())).filter(|&blocks| blocks != 0);
-        if data.nsfeat & IdentifyNamespace::NSFEAT_OPTPERF == 0 {
-            return Self {
-                boundary,
-                ..Self::default()
-            };
-        }
+        let told = |bits: u8, value| one_based(value).filter(|_| data.nsfeat & bits != 0);
+        // Of two bits, either is for what writes should be. The upper, which came with version 2.1, leaves the
+        // deallocation fields to others of another structure.
+        let deallocates = IdentifyNamespace::NSFEAT_OPTPERF;
+        let writes = deallocates | NSFEAT_OPTPERF_HIGH;
         Self {
             boundary,
-            write_granularity: one_based(data.npwg.get()),
-            write_alignment: one_based(data.npwa.get()),
-            write_size: one_based(data.nows.get()),
-            deallocate_granularity: one_based(data.npdg.get()),
-            deallocate_alignment: one_based(data.npda.get()),
+            write_granularity: told(writes, data.npwg.get()),
+            write_alignment: told(writes, data.npwa.get()),
+            write_size: told(writes, data.nows.get()),
+            deallocate_granularity: told(deallocates, data.npdg.get()),
+            deallocate_alignment: told(deallocates, data.npda.get()),
         }
     }
 }
@@ -392,6 +393,20 @@ mod tests {
         assert_eq!(
             (told.boundary, told.write_granularity, told.write_size),
             (Some(256), Some(8), Some(32))
+        );
+        let later = namespace(|data| {
+            set(data);
+            data.npdg = 7.into();
+            data.nsfeat = NSFEAT_OPTPERF_HIGH;
+        });
+        let later = later.unwrap().optimal;
+        assert_eq!(
+            (
+                later.write_granularity,
+                later.write_size,
+                later.deallocate_granularity
+            ),
+            (Some(8), Some(32), None)
         );
         let untold = namespace(set).unwrap().optimal;
         assert_eq!(
