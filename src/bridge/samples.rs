@@ -1,6 +1,8 @@
 //! A controller and a namespace as the tests of the bridge know them.
 
-use nvmf::host::{ControllerInfo, DeallocateLimits, Liveness, NamespaceInfo, OptimalIo};
+use nvmf::host::{
+    ControllerInfo, DeallocateLimits, EventSupport, Liveness, NamespaceInfo, OptimalIo,
+};
 use nvmf::spec::Nqn;
 use nvmf::spec::identify::oncs;
 
@@ -22,6 +24,10 @@ pub(super) fn controller() -> ControllerInfo {
         max_write_zeroes: None,
         deallocate: DeallocateLimits::default(),
         liveness: Liveness::default(),
+        cmic: 0,
+        ana: None,
+        extended_log: true,
+        events: EventSupport::default(),
     }
 }
 
@@ -38,5 +44,6 @@ pub(super) fn namespace(block_size: u32, bytes: u64) -> NamespaceInfo {
         deallocated_reads_zero: true,
         write_zeroes_deallocates: true,
         optimal: OptimalIo::default(),
+        anagrpid: 0,
     }
 }

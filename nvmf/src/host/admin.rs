@@ -212,7 +212,7 @@ impl Admin {
     }
 
     /// Runs a command for as long as it takes. `None` when the queue ended first.
-    async fn submit(&self, sqe: Sqe, transfer: Transfer) -> Option<Completion> {
+    pub(super) async fn submit(&self, sqe: Sqe, transfer: Transfer) -> Option<Completion> {
         let (reply, answer) = oneshot::channel();
         let request = Request {
             sqe,

@@ -3,16 +3,18 @@
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use super::address::{TargetAddress, share};
 use super::admin::{ADMIN_QUEUE_ENTRIES, Admin, LossReport};
+use super::ana::{self, AnaLog};
 use super::connect::{ConnectQueue, Connected, Parties, connect_queue};
 use super::dial::{Dial, Local, NewQueue, Tcp};
 use super::enable::{enable, read_capabilities, shut_down};
 use super::error::{HostError, Loss};
+use super::events::{Events, HostEvent};
 use super::identify::{ControllerInfo, identify_controller};
 use super::keepalive::KeepAlive;
 use super::namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector};
@@ -55,6 +57,7 @@ pub struct Association {
     admin: Admin,
     admin_task: JoinHandle<()>,
     keep_alive: Option<KeepAlive>,
+    events: Option<Events>,
     losses: LossReport,
 }
 
@@ -205,6 +208,7 @@ impl Association {
             admin,
             admin_task,
             keep_alive,
+            events: None,
             losses,
         })
     }
@@ -260,6 +264,45 @@ impl Association {
     pub async fn select(&self, selector: &NamespaceSelector) -> Result<NamespaceInfo, HostError> {
         self.survey(async |survey| survey.select(selector).await)
             .await
+    }
+
+    /// Looks at one namespace again, after [`HostEvent::NamespacesChanged`] for instance; `None` when it is
+    /// not active now.
+    ///
+    /// # Errors
+    /// As [`Self::namespaces`]; or it cannot be served any more, with the reason.
+    pub async fn reidentify(&self, nsid: u32) -> Result<Option<NamespaceInfo>, HostError> {
+        self.survey(async |survey| survey.one(nsid).await).await
+    }
+
+    /// Reads how the namespaces can be reached through this controller, however long that log is.
+    ///
+    /// # Errors
+    /// The controller reports nothing of the kind ([`ControllerInfo::ana`]), does not answer within the time for
+    /// connecting, or its log makes no sense.
+    pub async fn ana_log(&self) -> Result<AnaLog, HostError> {
+        let at = self.info.address;
+        let info = self.info.ana.ok_or_else(|| HostError::Unusable {
+            at,
+            reason: "it does not report asymmetric namespace access".to_owned(),
+        })?;
+        let (begun, within) = (Instant::now(), self.options.connect_timeout);
+        let admin = self.admin.bounded(begun, begun + within);
+        let most = self.info.max_transfer;
+        ana::read_log(&admin, &info, most, self.info.extended_log).await
+    }
+
+    /// What the controller reports of its own accord, from now on: asks for the events that it offers, and
+    /// keeps as many requests outstanding as it holds, at most 8. The channel closes with the association, or
+    /// when the controller refuses for good. Events that are not taken in time become one
+    /// [`HostEvent::Missed`]. Only the first call gets events; a later one gets a channel that is closed.
+    pub fn events(&mut self) -> mpsc::Receiver<HostEvent> {
+        if self.events.is_some() {
+            return mpsc::channel(1).1;
+        }
+        let (task, events) = Events::start(self.admin.clone(), self.info.events, false);
+        self.events = Some(task);
+        events
     }
 
     async fn survey<T>(
@@ -376,6 +419,7 @@ impl Association {
     pub async fn shutdown(self, deadline: Duration) {
         // A controller that shuts down is not ready any more, which is no loss now.
         drop(self.keep_alive);
+        drop(self.events);
         let complete = shut_down(&self.admin, self.cc, deadline).await;
         self.admin.stop();
         let abort = self.admin_task.abort_handle();

@@ -11,12 +11,14 @@
 
 mod address;
 mod admin;
+mod ana;
 mod association;
 mod connect;
 mod dial;
 pub mod discovery;
 mod enable;
 mod error;
+mod events;
 mod identify;
 mod keepalive;
 mod namespace;
@@ -28,8 +30,10 @@ mod survey;
 mod tests;
 
 pub use address::TargetAddress;
+pub use ana::{AnaInfo, AnaLog, AnaState};
 pub use association::Association;
 pub use error::{HostError, Loss, Queue};
+pub use events::{Changed, EventSupport, HostEvent};
 pub use identify::{ControllerInfo, DeallocateLimits, Liveness};
 pub use namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector, OptimalIo};
 pub use options::HostOptions;
