@@ -12,7 +12,7 @@ use zerocopy::little_endian::U32;
 use super::admin::Admin;
 use super::error::HostError;
 use crate::spec::NSID_ALL;
-use crate::spec::ana::{self, AnaGroupDescriptor, AnaHeader};
+use crate::spec::ana::{self, AnaGroupDescriptor, AnaHeader, AnaState};
 use crate::spec::log::{GetLogPage, lid};
 
 /// Groups that are read, at most.
@@ -46,51 +46,12 @@ pub struct AnaInfo {
     pub namespaces: u32,
 }
 
-/// How namespaces can be reached through one controller.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum AnaState {
-    /// The best way.
-    Optimized,
-    /// It works, others are better.
-    NonOptimized,
-    /// It does not work now. States that the specification does not define count as this one.
-    Inaccessible,
-    /// It will not work any more.
-    PersistentLoss,
-    /// It changes, for no longer than [`AnaInfo::transition_time`].
-    Change,
-}
-
-impl AnaState {
-    fn from_wire(state: u8) -> Self {
-        match state & ana::state::MASK {
-            ana::state::OPTIMIZED => Self::Optimized,
-            ana::state::NON_OPTIMIZED => Self::NonOptimized,
-            ana::state::PERSISTENT_LOSS => Self::PersistentLoss,
-            ana::state::CHANGE => Self::Change,
-            _ => Self::Inaccessible,
-        }
-    }
-}
-
-impl std::fmt::Display for AnaState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Optimized => "optimized",
-            Self::NonOptimized => "non-optimized",
-            Self::Inaccessible => "inaccessible",
-            Self::PersistentLoss => "persistent loss",
-            Self::Change => "change",
-        })
-    }
-}
-
 /// The ANA log of one controller.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct AnaLog {
     /// Changes of the log so far (CHGCNT).
     pub change_count: u64,
-    /// State by group.
+    /// State by group; one that the specification does not define counts as inaccessible.
     pub groups: BTreeMap<u32, AnaState>,
     /// Group by namespace, as far as the log tells.
     pub namespaces: BTreeMap<u32, u32>,
@@ -205,7 +166,8 @@ impl Pages<'_> {
                 self.info.max_group
             )));
         }
-        let state = AnaState::from_wire(group.state);
+        // Nothing is sent on a path of which it is not known that it takes it.
+        let state = AnaState::from_wire(group.state).unwrap_or(AnaState::Inaccessible);
         if log.groups.insert(id, state).is_some() {
             return Err(self.odd(format!("has group {id} twice")));
         }

@@ -29,8 +29,9 @@ mod survey;
 #[cfg(test)]
 mod tests;
 
+pub use crate::spec::ana::AnaState;
 pub use address::TargetAddress;
-pub use ana::{AnaInfo, AnaLog, AnaState};
+pub use ana::{AnaInfo, AnaLog};
 pub use association::Association;
 pub use error::{HostError, Loss, Queue};
 pub use events::{Changed, EventSupport, HostEvent};

@@ -30,7 +30,7 @@ pub struct AnaGroupDescriptor {
     pub nnsids: U32,
     /// Change count of the log when this group last changed.
     pub chgcnt: U64,
-    /// State in bits 3:0: see [`state`].
+    /// State in bits 3:0: see [`AnaState`].
     pub state: u8,
     /// Reserved.
     pub reserved17: [u8; 15],
@@ -38,15 +38,57 @@ pub struct AnaGroupDescriptor {
 
 const _: () = assert!(size_of::<AnaHeader>() == 16 && size_of::<AnaGroupDescriptor>() == 32);
 
-/// States of a group on one controller.
-pub mod state {
-    #![expect(missing_docs, reason = "the names are the specification's")]
-    pub const MASK: u8 = 0xf;
-    pub const OPTIMIZED: u8 = 1;
-    pub const NON_OPTIMIZED: u8 = 2;
-    pub const INACCESSIBLE: u8 = 3;
-    pub const PERSISTENT_LOSS: u8 = 4;
-    pub const CHANGE: u8 = 0xf;
+/// Mask of the state in [`AnaGroupDescriptor::state`].
+pub const STATE_MASK: u8 = 0xf;
+
+/// How namespaces can be reached through one controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum AnaState {
+    /// The best way.
+    Optimized = 1,
+    /// It works, others are better.
+    NonOptimized = 2,
+    /// It does not work now.
+    Inaccessible = 3,
+    /// It will not work any more.
+    PersistentLoss = 4,
+    /// It changes, for no longer than the controller's ANATT says.
+    Change = 0xf,
+}
+
+impl AnaState {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Optimized,
+        Self::NonOptimized,
+        Self::Inaccessible,
+        Self::PersistentLoss,
+        Self::Change,
+    ];
+
+    /// From bits 3:0; `None` of a value that the specification does not define.
+    pub fn from_wire(state: u8) -> Option<Self> {
+        let mut all = Self::ALL.into_iter();
+        all.find(|&known| known as u8 == state & STATE_MASK)
+    }
+
+    /// Its name, as Linux and nvme-cli have it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Optimized => "optimized",
+            Self::NonOptimized => "non-optimized",
+            Self::Inaccessible => "inaccessible",
+            Self::PersistentLoss => "persistent-loss",
+            Self::Change => "change",
+        }
+    }
+}
+
+impl std::fmt::Display for AnaState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Bits of ANACAP in Identify Controller.

@@ -3,7 +3,7 @@
 use super::*;
 use crate::host::scripted::Answer;
 use crate::host::{AnaLog, AnaState};
-use crate::spec::ana::{LSP_GROUPS_ONLY, state};
+use crate::spec::ana::LSP_GROUPS_ONLY;
 use crate::spec::identify::{cmic, lpa};
 use crate::spec::log::{GetLogPage, lid};
 use crate::spec::opcode::admin;
@@ -72,11 +72,11 @@ async fn states_are_those_of_the_group_that_lists_the_namespace_or_that_identify
     let controller = reporting(log(
         7,
         &[
-            (1, state::OPTIMIZED, &[1, 2]),
-            (2, state::NON_OPTIMIZED, &[]),
-            (3, state::INACCESSIBLE, &[70_000]),
-            (4, state::PERSISTENT_LOSS | 0xf0, &[]),
-            (5, state::CHANGE, &[]),
+            (1, AnaState::Optimized as u8, &[1, 2]),
+            (2, AnaState::NonOptimized as u8, &[]),
+            (3, AnaState::Inaccessible as u8, &[70_000]),
+            (4, 0xf0 | AnaState::PersistentLoss as u8, &[]),
+            (5, AnaState::Change as u8, &[]),
             (128, 9, &[]),
         ],
     ));
@@ -99,8 +99,8 @@ fn long(change_count: u64) -> Vec<u8> {
     let first: Vec<u32> = (1..=20_000).collect();
     let second: Vec<u32> = (20_001..=40_000).collect();
     let groups: [(u32, u8, &[u32]); 2] = [
-        (1, state::OPTIMIZED, &first),
-        (2, state::INACCESSIBLE, &second),
+        (1, AnaState::Optimized as u8, &first),
+        (2, AnaState::Inaccessible as u8, &second),
     ];
     log(change_count, &groups)
 }
@@ -145,14 +145,20 @@ async fn a_log_that_changes_while_it_is_read_is_read_again() {
 #[tokio::test]
 async fn of_a_log_that_is_too_long_or_cannot_be_read_in_parts_only_groups_are_read() {
     let all: Vec<u32> = (1..=70_000).collect();
-    let whole: [(u32, u8, &[u32]); 2] = [(1, state::OPTIMIZED, &all), (2, state::CHANGE, &[])];
+    let whole: [(u32, u8, &[u32]); 2] = [
+        (1, AnaState::Optimized as u8, &all),
+        (2, AnaState::Change as u8, &[]),
+    ];
     for extended in [true, false] {
         let page = log(1, &whole);
         let controller = reporting(page)
             .with(|model| model.identity.lpa = if extended { lpa::EXTENDED } else { 0 })
             .scripted(|model, sqe, _| {
                 if sqe.opcode == admin::GET_LOG_PAGE && sqe.cdw10.get() & LSP_GROUPS_ONLY != 0 {
-                    let groups = [(1, state::OPTIMIZED, &[][..]), (2, state::CHANGE, &[][..])];
+                    let groups = [
+                        (1, AnaState::Optimized as u8, &[][..]),
+                        (2, AnaState::Change as u8, &[][..]),
+                    ];
                     model.pages.insert(lid::ANA, log(1, &groups));
                 }
                 None
@@ -166,7 +172,7 @@ async fn of_a_log_that_is_too_long_or_cannot_be_read_in_parts_only_groups_are_re
 
 #[tokio::test]
 async fn logs_that_lie_are_refused() {
-    let one = |id, nsids: &[u32]| log(1, &[(id, state::OPTIMIZED, nsids)]);
+    let one = |id, nsids: &[u32]| log(1, &[(id, AnaState::Optimized as u8, nsids)]);
     let mut endless = one(1, &[]);
     endless[20..24].copy_from_slice(&u32::MAX.to_le_bytes());
     let mut crowded = one(1, &[]);
