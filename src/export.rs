@@ -93,6 +93,11 @@ impl Export {
         lines
     }
 
+    /// What is exported.
+    pub(crate) fn target(&self) -> &Arc<Target> {
+        &self.target
+    }
+
     /// Serves hosts until `stop` comes, then ends every association and logs the counters.
     pub(crate) async fn serve(self, stop: impl Future<Output = ()>) {
         let Self { target, port } = self;

@@ -7,7 +7,7 @@ use nvmf::spec::Nqn;
 use nvmf::spec::identify::oncs;
 
 /// A controller that can do everything and has no limits.
-pub(super) fn controller() -> ControllerInfo {
+pub(crate) fn controller() -> ControllerInfo {
     ControllerInfo {
         address: ([127, 0, 0, 1], 4420).into(),
         subnqn: Nqn::new("nqn.2026-01.org.example:disk1").unwrap(),
@@ -32,7 +32,7 @@ pub(super) fn controller() -> ControllerInfo {
 }
 
 /// A namespace of this many bytes.
-pub(super) fn namespace(block_size: u32, bytes: u64) -> NamespaceInfo {
+pub(crate) fn namespace(block_size: u32, bytes: u64) -> NamespaceInfo {
     NamespaceInfo {
         nsid: 7,
         block_size,

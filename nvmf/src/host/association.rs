@@ -16,10 +16,10 @@ use super::enable::{enable, read_capabilities, shut_down};
 use super::error::{HostError, Loss};
 use super::events::{Events, HostEvent};
 use super::identify::{ControllerInfo, identify_controller};
+use super::inquiry::Inquiry;
 use super::keepalive::KeepAlive;
 use super::namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector};
 use super::options::HostOptions;
-use super::survey::Survey;
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::property::Cc;
 use crate::spec::{Nqn, Sqe, Status, feature};
@@ -32,12 +32,8 @@ const ADMIN_IN_CAPSULE_LIMIT: u32 = 8192;
 /// Largest transfer of one command with data digests, in bytes. Linux targets check one digest over
 /// all that a command writes, so it has to travel in one PDU; this much does.
 const DIGEST_TRANSFER_MAX: u64 = 128 << 10;
-/// A look at all namespaces may take this many times as long as connecting.
-const SURVEY_MAX: u32 = 6;
 /// Connecting so many I/O queues may take as long again as connecting the first.
 const QUEUES_AT_ONCE: u32 = 16;
-/// A look at so many namespaces may take as long again as connecting.
-const NAMESPACES_AT_ONCE: u32 = 16;
 /// Longest wait for a controller's shutdown when bringing the association up failed.
 const FAILED_SHUTDOWN: Duration = Duration::from_millis(500);
 /// Stands for the address of a controller in this process.
@@ -234,7 +230,7 @@ impl Association {
     /// # Errors
     /// The controller fails to answer, or its lists make no sense.
     pub async fn namespaces(&self) -> Result<Vec<NamespaceInfo>, HostError> {
-        let found = self.survey(async |survey| survey.all().await).await?;
+        let found = self.inquiry().all().await?;
         let mut usable = Vec::with_capacity(found.len());
         for found in found {
             match found.info {
@@ -252,7 +248,7 @@ impl Association {
     /// # Errors
     /// As [`Self::namespaces`].
     pub async fn list_namespaces(&self) -> Result<Vec<ListedNamespace>, HostError> {
-        let found = self.survey(async |survey| survey.all().await).await?;
+        let found = self.inquiry().all().await?;
         Ok(found.into_iter().map(ListedNamespace::from).collect())
     }
 
@@ -262,8 +258,7 @@ impl Association {
     /// As [`Self::namespaces`]; nothing or too much is selected, and then the error lists what
     /// there is; or the namespace cannot be served, with the reason.
     pub async fn select(&self, selector: &NamespaceSelector) -> Result<NamespaceInfo, HostError> {
-        self.survey(async |survey| survey.select(selector).await)
-            .await
+        self.inquiry().select(selector).await
     }
 
     /// Looks at one namespace again, after [`HostEvent::NamespacesChanged`] for instance; `None` when it is
@@ -272,7 +267,20 @@ impl Association {
     /// # Errors
     /// As [`Self::namespaces`]; or it cannot be served any more, with the reason.
     pub async fn reidentify(&self, nsid: u32) -> Result<Option<NamespaceInfo>, HostError> {
-        self.survey(async |survey| survey.one(nsid).await).await
+        self.inquiry().reidentify(nsid).await
+    }
+
+    /// Something to look at namespaces with from another task. It does not keep the association: once that is
+    /// gone, what it is asked fails.
+    pub fn inquiry(&self) -> Inquiry {
+        Inquiry {
+            admin: self.admin.detached(),
+            address: self.info.address,
+            subnqn: self.info.subnqn.clone(),
+            hostnqn: self.options.hostnqn.clone(),
+            max_transfer: self.info.max_transfer,
+            within: self.options.connect_timeout,
+        }
     }
 
     /// Reads how the namespaces can be reached through this controller, however long that log is.
@@ -303,28 +311,6 @@ impl Association {
         let (task, events) = Events::start(self.admin.clone(), self.info.events, false);
         self.events = Some(task);
         events
-    }
-
-    async fn survey<T>(
-        &self,
-        look: impl AsyncFnOnce(&mut Survey<'_>) -> Result<T, HostError>,
-    ) -> Result<T, HostError> {
-        let (begun, within) = (Instant::now(), self.options.connect_timeout);
-        let mut survey = Survey {
-            admin: self.admin.bounded(begun, begun + within),
-            each: within / NAMESPACES_AT_ONCE,
-            subnqn: &self.info.subnqn,
-            hostnqn: &self.options.hostnqn,
-            max_transfer: self.info.max_transfer,
-        };
-        let within = within * SURVEY_MAX;
-        timeout(within, look(&mut survey))
-            .await
-            .unwrap_or(Err(HostError::TimedOut {
-                at: self.info.address,
-                command: "Identify of its namespaces",
-                after: within,
-            }))
     }
 
     /// Connects all I/O queue pairs that the controller grants, in ascending order of queue ID. They

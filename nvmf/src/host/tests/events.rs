@@ -333,3 +333,25 @@ async fn a_namespace_is_looked_at_again() {
     let error = association.reidentify(3).await.unwrap_err();
     assert!(matches!(error, HostError::UnusableNamespace { .. }));
 }
+
+#[tokio::test]
+async fn an_inquiry_looks_from_another_task_and_does_not_keep_the_association() {
+    let controller = Scripted::new();
+    let association = connect(&controller).await.unwrap();
+    let inquiry = association.inquiry();
+    let look = tokio::spawn({
+        let inquiry = inquiry.clone();
+        async move { inquiry.reidentify(1).await }
+    });
+    let info = look.await.unwrap().unwrap().unwrap();
+    assert_eq!((info.nsid, inquiry.address()), (1, at()));
+    drop(association);
+    let closed = async {
+        while controller.alive() != 0 {
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(LONG, closed).await.expect("in time");
+    let error = inquiry.reidentify(1).await.unwrap_err();
+    assert!(matches!(error, HostError::Lost { .. }), "{error}");
+}
