@@ -89,9 +89,16 @@ impl Survey<'_> {
                 existing: list(&all),
             });
         }
-        match all.iter().position(|found| found.matches(selector)) {
-            Some(index) => self.usable(all.swap_remove(index)),
-            None => Err(HostError::NoSuchNamespace {
+        let meant: Vec<usize> = (0..all.len())
+            .filter(|&index| all[index].matches(selector))
+            .collect();
+        match meant[..] {
+            [index] => self.usable(all.swap_remove(index)),
+            [one, other, ..] => Err(self.unusable(format!(
+                "its namespaces {} and {} both have {selector}",
+                all[one].nsid, all[other].nsid
+            ))),
+            [] => Err(HostError::NoSuchNamespace {
                 at: self.admin.at(),
                 subnqn: self.subnqn.to_string(),
                 selector: selector.to_string(),

@@ -5,6 +5,7 @@ mod bring_up;
 mod connect;
 mod discovery;
 mod events;
+mod lies;
 mod liveness;
 mod namespaces;
 
