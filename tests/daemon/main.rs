@@ -17,6 +17,7 @@ mod raw;
 mod ring;
 mod scripted;
 
+mod access;
 mod bad_peers;
 mod data;
 mod efficiency;
