@@ -9,6 +9,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, value_parser};
 use nvmf::spec::Nqn;
+use nvmf::spec::ana::AnaState;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
@@ -277,6 +278,10 @@ pub(crate) struct ExportArgs {
     /// Host that may connect; may be given several times [default: any]
     #[arg(long, value_name = "NQN")]
     pub(crate) allow_host: Vec<Nqn>,
+    /// Report asymmetric namespace access, with all namespaces in this state: optimized,
+    /// non-optimized, inaccessible, persistent-loss or change [default: not reported]
+    #[arg(long, value_name = "STATE", value_parser = parse_ana_state)]
+    pub(crate) ana_state: Option<AnaState>,
     /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with
     /// [,block-size=512|4096][,uuid=U][,fault=RULE][,powercut[=SIZE]]
     #[arg(
@@ -377,7 +382,9 @@ Examples:
   A block device past the page cache, with one lane:
     vhost-nvmf serve --socket-path /run/disk.sock --nr-io-queues 1 /dev/vg0/disk1,direct
   Nothing at all, to measure what is around it:
-    vhost-nvmf serve --socket-path /run/disk.sock null:1T";
+    vhost-nvmf serve --socket-path /run/disk.sock null:1T
+
+Growing the disk: enlarge its file or device, then send SIGHUP. The VMM is told.";
 
 const EXPORT_EXAMPLES: &str = "\
 Examples:
@@ -388,7 +395,9 @@ Examples:
         --allow-host nqn.2026-01.org.example:host1 \\
         file:/dev/vg0/disk1 ram:1G,block-size=4096
   An image whose name has a comma, read-only:
-    vhost-nvmf export 'file:/images/a,,b.img,ro'";
+    vhost-nvmf export 'file:/images/a,,b.img,ro'
+
+Growing a namespace: enlarge its file or device, then send SIGHUP. Hosts are told.";
 
 const STORAGE_THAT_FAILS: &str = "\
 Storage that fails on purpose, for tests:
@@ -467,6 +476,12 @@ fn one_line(error: &clap::Error, subcommand: Option<&str>) -> String {
     // Writing to a string cannot fail.
     let _ = write!(message, "; see 'vhost-nvmf{space}{subcommand} --help'");
     message
+}
+
+fn parse_ana_state(text: &str) -> Result<AnaState, &'static str> {
+    let mut all = AnaState::ALL.into_iter();
+    all.find(|state| state.name() == text)
+        .ok_or("it is optimized, non-optimized, inaccessible, persistent-loss or change")
 }
 
 fn parse_listen(text: &str) -> Result<SocketAddr, &'static str> {

@@ -1,10 +1,12 @@
 //! What a command does from its checked configuration to its end: runtimes, workers, signals.
 
+use std::convert::Infallible;
 use std::error::Error;
 use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nvmf::controller::Target;
 use nvmf::transport::Registry;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
@@ -68,7 +70,11 @@ pub(crate) fn serve(config: &ServeConfig, machine: &Machine) -> Result<(), Box<d
             read_only: config.choices.read_only,
         };
         print(&hints.to_string())?;
-        let served = disk.serve(listener, stop.wait()).await;
+        let mut growth = Growth::new()?;
+        let served = tokio::select! {
+            served = disk.serve(listener, stop.wait()) => served,
+            never = growth.follow(local.target()) => match never {},
+        };
         local.end().await;
         Ok(served?)
     });
@@ -86,9 +92,14 @@ pub(crate) fn export(config: &ExportConfig, machine: &Machine) -> Result<(), Box
     let result = runtime.block_on(async {
         let mut stop = Stop::new()?;
         let registry = Arc::new(Registry::with_defaults());
+        let mut growth = Growth::new()?;
         let export = Export::open(config, registry, Arc::clone(&workers)).await?;
         print(&export.uris(machine))?;
-        export.serve(stop.wait()).await;
+        let target = Arc::clone(export.target());
+        tokio::select! {
+            () = export.serve(stop.wait()) => {}
+            never = growth.follow(&target) => match never {},
+        }
         Ok(())
     });
     runtime.shutdown_timeout(END);
@@ -125,6 +136,28 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
+    }
+}
+
+/// The signal that has storage looked at again.
+struct Growth(tokio::signal::unix::Signal);
+
+impl Growth {
+    fn new() -> io::Result<Self> {
+        Ok(Self(signal(SignalKind::hangup())?))
+    }
+
+    /// At each signal, takes over what the storage of a target's namespaces has grown by.
+    async fn follow(&mut self, target: &Target) -> Infallible {
+        loop {
+            if self.0.recv().await.is_none() {
+                return std::future::pending().await;
+            }
+            tracing::info!("SIGHUP: looking at the size of the storage");
+            for subsystem in target.subsystems() {
+                subsystem.grow();
+            }
+        }
     }
 }
 

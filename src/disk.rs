@@ -19,6 +19,7 @@ use crate::bridge::translate::Limits;
 use crate::config::{AttachConfig, Uri};
 use crate::limits::{LANE_SLOTS, MAILBOX};
 use crate::metrics::DiskCounters;
+use crate::namespace_events::NamespaceEvents;
 use crate::reconnect::way_back::WayBack;
 use crate::reconnect::{Path, PathSetup};
 use crate::worker::Worker;
@@ -187,6 +188,13 @@ impl Disk {
             blocks = namespace.block_count,
             lanes = lanes.len(),
             "disk ready"
+        );
+        let namespace = NamespaceEvents::new(
+            name.clone(),
+            Arc::clone(&device),
+            lanes.clone(),
+            loss,
+            namespace,
         );
         let path = Path::new(PathSetup {
             name: name.clone(),

@@ -13,6 +13,9 @@ use crate::config::{ExportConfig, Machine, Uri, host_of_listener};
 use crate::storage::{self, StorageError};
 use crate::worker::Worker;
 
+/// The group that all namespaces are in where access states are reported.
+const ANA_GROUP: u32 = 1;
+
 /// Why there is nothing to export.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExportError {
@@ -58,6 +61,10 @@ impl Export {
             let backend = storage::open(namespace)?;
             subsystem.add_namespace(namespace.nsid, namespace.uuid, backend)?;
         }
+        if let Some(state) = config.ana_state {
+            subsystem.report_ana();
+            subsystem.set_ana_state(ANA_GROUP, state);
+        }
         let lanes = Arc::new(RoundRobin {
             workers,
             next: AtomicUsize::new(0),
@@ -91,6 +98,11 @@ impl Export {
             }
         }
         lines
+    }
+
+    /// What is exported.
+    pub(crate) fn target(&self) -> &Arc<Target> {
+        &self.target
     }
 
     /// Serves hosts until `stop` comes, then ends every association and logs the counters.

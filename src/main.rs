@@ -10,6 +10,7 @@ mod hints;
 mod limits;
 mod logging;
 mod metrics;
+mod namespace_events;
 mod reconnect;
 mod report;
 mod serve;

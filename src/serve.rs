@@ -105,6 +105,11 @@ impl Local {
         Ok((local, disk))
     }
 
+    /// What the disk is a namespace of.
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+
     /// Ends the controller, whose associations are over, and logs what was done with the storage.
     pub(crate) async fn end(self) {
         let Self { target, stop, port } = self;

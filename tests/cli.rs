@@ -104,7 +104,14 @@ fn help_and_version_are_printed_and_are_no_failure() {
         ),
         (
             &["export", "-h"],
-            &["Examples:", "--allow-host", "block-size=", "ram:"],
+            &[
+                "Examples:",
+                "--allow-host",
+                "--ana-state",
+                "SIGHUP",
+                "block-size=",
+                "ram:",
+            ],
         ),
         (
             &["discover", "--help"],
@@ -212,6 +219,8 @@ fn malformed_names_and_numbers_are_named() {
         ("--allow-host", "host1", "nqn."),
         ("--listen", "localhost", "ADDR:PORT"),
         ("--listen", "127.0.0.1", "ADDR:PORT"),
+        ("--ana-state", "best", "non-optimized"),
+        ("--ana-state", "15", "non-optimized"),
     ] {
         export_refused(&[option, value, "ram:1M"], &[option, value, word]);
     }

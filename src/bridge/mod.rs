@@ -18,4 +18,4 @@ pub(crate) mod transfer;
 pub(crate) mod translate;
 
 #[cfg(test)]
-mod samples;
+pub(crate) mod samples;

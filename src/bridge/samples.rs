@@ -1,11 +1,13 @@
 //! A controller and a namespace as the tests of the bridge know them.
 
-use nvmf::host::{ControllerInfo, DeallocateLimits, Liveness, NamespaceInfo, OptimalIo};
+use nvmf::host::{
+    ControllerInfo, DeallocateLimits, EventSupport, Liveness, NamespaceInfo, OptimalIo,
+};
 use nvmf::spec::Nqn;
 use nvmf::spec::identify::oncs;
 
 /// A controller that can do everything and has no limits.
-pub(super) fn controller() -> ControllerInfo {
+pub(crate) fn controller() -> ControllerInfo {
     ControllerInfo {
         address: ([127, 0, 0, 1], 4420).into(),
         subnqn: Nqn::new("nqn.2026-01.org.example:disk1").unwrap(),
@@ -22,11 +24,15 @@ pub(super) fn controller() -> ControllerInfo {
         max_write_zeroes: None,
         deallocate: DeallocateLimits::default(),
         liveness: Liveness::default(),
+        cmic: 0,
+        ana: None,
+        extended_log: true,
+        events: EventSupport::default(),
     }
 }
 
 /// A namespace of this many bytes.
-pub(super) fn namespace(block_size: u32, bytes: u64) -> NamespaceInfo {
+pub(crate) fn namespace(block_size: u32, bytes: u64) -> NamespaceInfo {
     NamespaceInfo {
         nsid: 7,
         block_size,
@@ -38,5 +44,6 @@ pub(super) fn namespace(block_size: u32, bytes: u64) -> NamespaceInfo {
         deallocated_reads_zero: true,
         write_zeroes_deallocates: true,
         optimal: OptimalIo::default(),
+        anagrpid: 0,
     }
 }

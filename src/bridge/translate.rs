@@ -70,6 +70,11 @@ impl Limits {
         }
     }
 
+    /// The namespace has so many blocks now; it never becomes smaller.
+    pub(crate) fn grow(&mut self, block_count: u64) {
+        self.block_count = self.block_count.max(block_count);
+    }
+
     fn bytes(&self, blocks: u64) -> usize {
         // Only ever used for blocks of one request, whose bytes are in memory, or of one command.
         usize::try_from(blocks << self.block_shift).unwrap_or(usize::MAX)

@@ -17,6 +17,7 @@ use std::time::Duration;
 use nvmf::backend::fault::Fault;
 use nvmf::host::HostOptions;
 use nvmf::spec::Nqn;
+use nvmf::spec::ana::AnaState;
 use uuid::Uuid;
 
 use crate::bridge::geometry::Choices;
@@ -82,6 +83,8 @@ pub(crate) struct ExportConfig {
     pub(crate) subnqn: Nqn,
     /// Hosts that may connect; `None` lets any.
     pub(crate) allowed_hosts: Option<Vec<Nqn>>,
+    /// How its namespaces are reached; `None` reports nothing of the kind.
+    pub(crate) ana_state: Option<AnaState>,
     /// Its namespaces, at least one, by ascending identifier from 1.
     pub(crate) namespaces: Vec<NamespaceConfig>,
 }
@@ -276,6 +279,7 @@ impl ExportConfig {
             listen: args.listen,
             subnqn: args.subnqn.unwrap_or_else(|| machine.default_subnqn()),
             allowed_hosts: (!args.allow_host.is_empty()).then_some(args.allow_host),
+            ana_state: args.ana_state,
             namespaces,
         })
     }

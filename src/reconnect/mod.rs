@@ -13,7 +13,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nvmf::host::{Association, ControllerInfo, NamespaceInfo};
+use nvmf::host::{Association, ControllerInfo, HostEvent};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -22,6 +22,7 @@ use self::state::{Event, State};
 use self::way_back::{Found, NotBack, Patience, WayBack};
 use crate::bridge::fence::Fences;
 use crate::bridge::translate::Limits;
+use crate::namespace_events::NamespaceEvents;
 use crate::worker::lane::FIRST_ASSOCIATION;
 use crate::worker::mailbox::{LaneMessage, Mailbox, PairLost, Resume};
 
@@ -36,7 +37,7 @@ pub(crate) struct PathSetup {
     /// The association, whose queue pairs the lanes have.
     pub(crate) association: Association,
     /// The namespace.
-    pub(crate) namespace: NamespaceInfo,
+    pub(crate) namespace: NamespaceEvents,
     /// The keep-alive time-out that was asked for.
     pub(crate) keep_alive: Duration,
     /// All lanes of the disk.
@@ -54,7 +55,11 @@ pub(crate) struct Path {
     association: Option<Association>,
     /// The number of the association, lost or not.
     number: u64,
-    namespace: NamespaceInfo,
+    /// What it reports.
+    events: mpsc::Receiver<HostEvent>,
+    namespace: NamespaceEvents,
+    /// What the namespace is called there.
+    nsid: u32,
     keep_alive: Duration,
     lanes: Vec<Mailbox>,
     losses: mpsc::Receiver<PairLost>,
@@ -92,7 +97,7 @@ impl Path {
     pub(crate) fn new(setup: PathSetup) -> Self {
         let PathSetup {
             name,
-            association,
+            mut association,
             namespace,
             keep_alive,
             lanes,
@@ -104,8 +109,10 @@ impl Path {
         Self {
             name,
             state: State::Connected,
+            events: association.events(),
             association: Some(association),
             number: FIRST_ASSOCIATION,
+            nsid: namespace.namespace().nsid,
             namespace,
             keep_alive,
             lanes,
@@ -169,6 +176,11 @@ impl Path {
                     let loss = lost.borrow().as_ref().map(ToString::to_string);
                     let ended = || "it was ended".to_owned();
                     return loss.filter(|_| changed.is_ok()).unwrap_or_else(ended);
+                }
+                Some(event) = self.events.recv() => {
+                    if let Some(association) = &self.association {
+                        self.namespace.take(&event, association, self.number, self.nsid);
+                    }
                 }
                 Some(pair) = self.losses.recv() => {
                     // What an association says that is gone is no news.
@@ -250,7 +262,7 @@ impl Path {
     /// Tries until it is connected again.
     async fn recover(&mut self, way_back: &WayBack, outage: &mut Outage) {
         let lanes = self.lanes.len();
-        let lost = self.namespace.clone();
+        let lost = self.namespace.namespace();
         loop {
             let pause = self.backoff.next();
             outage.attempts = outage.attempts.saturating_add(1);
@@ -311,7 +323,7 @@ impl Path {
     }
 
     /// Gives every lane its queue pair, and all fences with it.
-    async fn resume(&mut self, association: Association, found: Found, outage: &Outage) {
+    async fn resume(&mut self, mut association: Association, found: Found, outage: &Outage) {
         let (namespace, pairs) = found;
         // What lanes told of the association before is no news, and must not keep out what they tell next.
         while self.losses.try_recv().is_ok() {}
@@ -321,6 +333,8 @@ impl Path {
         let fences = Arc::new(self.fences.clone());
         let limits = Limits::new(association.controller(), &namespace);
         let controller = association.controller().address;
+        self.events = association.events();
+        self.nsid = namespace.nsid;
         self.association = Some(association);
         for (lane, pair) in self.lanes.iter().zip(pairs) {
             let resume = Resume {
@@ -331,6 +345,7 @@ impl Path {
             };
             lane.send(LaneMessage::Resume(Box::new(resume))).await;
         }
+        self.namespace.found(&namespace).await;
         self.connected = Instant::now();
         if outage.loud {
             tracing::info!(

@@ -108,6 +108,7 @@ mod tests {
             deallocated_reads_zero: false,
             write_zeroes_deallocates: false,
             optimal: OptimalIo::default(),
+            anagrpid: 0,
         }
     }
 

@@ -214,6 +214,7 @@ impl DeviceLane {
             }
             LaneMessage::Resume(resume) => self.resume(*resume),
             LaneMessage::Fail => self.failing = true,
+            LaneMessage::Grow { block_count } => self.limits.grow(block_count),
             LaneMessage::Fences(fences) => {
                 self.fences = fences;
                 self.inflight.fences_changed();

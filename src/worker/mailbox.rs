@@ -52,6 +52,11 @@ pub(crate) enum LaneMessage {
     Resume(Box<Resume>),
     /// Until there is a queue pair, whatever is held fails, and what comes, too.
     Fail,
+    /// The namespace has grown.
+    Grow {
+        /// Its blocks now.
+        block_count: u64,
+    },
     /// Other fences from now on.
     Fences(Arc<Fences>),
     /// Drop everything and end.

@@ -17,12 +17,14 @@ mod raw;
 mod ring;
 mod scripted;
 
+mod access;
 mod bad_peers;
 mod controller_limits;
 mod data;
 mod efficiency;
 mod ending;
 mod faults;
+mod growth;
 mod local;
 mod malformed;
 mod outages;

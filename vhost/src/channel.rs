@@ -7,11 +7,15 @@
 //! peeked at, whole, so that such a one can be skipped and refused in good order.
 
 use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{ioctl_fionread, retry_on_intr};
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recv, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recv, recvmsg,
+};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 
 /// Bytes of a message header.
@@ -45,6 +49,8 @@ pub(crate) struct Message {
     with_files: bool,
     /// All of it has arrived.
     pub(crate) whole: bool,
+    /// Another descriptor of the backend channel that comes with it, if one does.
+    pub(crate) backend_channel: Option<OwnedFd>,
     /// Start of the body, zero where there is none.
     config: [u8; CONFIG_PAYLOAD],
 }
@@ -138,14 +144,35 @@ impl Channel {
         let mut config = [0; CONFIG_PAYLOAD];
         let present = seen.min(most).saturating_sub(HEADER).min(CONFIG_PAYLOAD);
         config[..present].copy_from_slice(&self.peeked[HEADER..HEADER + present]);
+        let with_files = files && seen <= most;
+        let backend_channel = match FrontendReq::try_from(request) {
+            Ok(FrontendReq::SET_BACKEND_REQ_FD) if with_files => self.file()?,
+            _ => None,
+        };
         Ok(Some(Message {
             request,
             flags,
             size,
-            with_files: files && seen <= most,
+            with_files,
             whole,
+            backend_channel,
             config,
         }))
+    }
+
+    /// A descriptor of ours for the first file that comes with the message that was looked at; whoever takes
+    /// the message gets its own.
+    fn file(&mut self) -> io::Result<Option<OwnedFd>> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut files = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
+        let buffer = &mut [IoSliceMut::new(&mut self.peeked[..HEADER])];
+        retry_on_intr(|| recvmsg(&self.stream, &mut *buffer, &mut files, flags))?;
+        let rights = files.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(files) => Some(files),
+            _ => None,
+        });
+        Ok(rights.and_then(|mut files| files.next()))
     }
 
     /// Waits for a byte and looks at up to `len`. Returns how many there are, and whether files

@@ -1,7 +1,7 @@
 //! What the device is and offers: features, limits and configuration space.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -14,6 +14,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+use crate::backend_channel::BackendChannel;
 use crate::blk::config::Config;
 use crate::blk::request::MAX_RANGES;
 
@@ -63,6 +64,8 @@ pub struct DeviceOptions {
 pub struct Device {
     options: DeviceOptions,
     capacity: AtomicU64,
+    /// Of the front-end that is connected, if it gave one.
+    backend_channel: Mutex<Option<BackendChannel>>,
 }
 
 impl Device {
@@ -78,13 +81,32 @@ impl Device {
             .clamp(*segments.start(), *segments.end());
         Arc::new(Self {
             capacity: AtomicU64::new(options.capacity_sectors),
+            backend_channel: Mutex::default(),
             options,
         })
     }
 
-    /// Changes the capacity, in sectors of 512 bytes, that the next read of the configuration shows.
-    pub fn set_capacity(&self, sectors: u64) {
+    /// Changes the capacity, in sectors of 512 bytes, that the next read of the configuration shows, and
+    /// tells the front-end. Never waits. False when there is no front-end, or it gave no channel to be told
+    /// on (VHOST_USER_PROTOCOL_F_BACKEND_REQ): then it learns of the change when it reads the configuration.
+    pub fn set_capacity(&self, sectors: u64) -> bool {
         self.capacity.store(sectors, Ordering::Relaxed);
+        let mut channel = self.backend_channel();
+        let told = channel.as_ref().is_some_and(BackendChannel::config_changed);
+        if !told {
+            *channel = None;
+        }
+        told
+    }
+
+    /// What the front-end is told of changes on.
+    pub(crate) fn set_backend_channel(&self, channel: Option<BackendChannel>) {
+        *self.backend_channel() = channel;
+    }
+
+    fn backend_channel(&self) -> MutexGuard<'_, Option<BackendChannel>> {
+        let channel = self.backend_channel.lock();
+        channel.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Capacity in sectors of 512 bytes.
@@ -145,6 +167,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
 }

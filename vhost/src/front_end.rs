@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
@@ -11,11 +12,12 @@ use vhost::vhost_user::message::{
     VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
-    Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
+    Backend, Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
+use crate::backend_channel::BackendChannel;
 use crate::blk::config;
 use crate::complaints::Complaints;
 use crate::device::{Device, MAX_MEMORY_SLOTS, has, protocol_features};
@@ -41,6 +43,8 @@ pub(crate) struct FrontEnd {
     writeback: u8,
     /// The handler of the message at hand was reached, so the library answers for it.
     answered: bool,
+    /// A descriptor that came with the message at hand.
+    backend_channel: Option<OwnedFd>,
 }
 
 /// A reason to refuse a message, in the only error of the library's that carries one.
@@ -66,22 +70,28 @@ impl FrontEnd {
             vrings: std::iter::repeat_with(Vring::default).take(count).collect(),
             writeback: 1,
             answered: false,
+            backend_channel: None,
         }
     }
 
-    /// Prepares for the next message.
-    pub(crate) fn begin(&mut self) {
+    /// Prepares for the next message; `backend_channel` is another descriptor of what it brings.
+    pub(crate) fn begin(&mut self, backend_channel: Option<OwnedFd>) {
         self.answered = false;
+        self.backend_channel = backend_channel;
     }
 
     /// True when the library has already answered the message that it just refused. It does so for
-    /// whatever its handler refused, and for two requests that it checks itself.
+    /// whatever its handler refused, and for three requests that it checks itself.
     pub(crate) fn has_answered(&self, request: u32) -> bool {
-        let checked = [FrontendReq::SET_MEM_TABLE, FrontendReq::SET_CONFIG];
+        let checked = [
+            FrontendReq::SET_MEM_TABLE,
+            FrontendReq::SET_CONFIG,
+            FrontendReq::SET_BACKEND_REQ_FD,
+        ];
+        let has = |feature: VhostUserProtocolFeatures| self.protocol_features & feature.bits() != 0;
         let negotiated = |request| match request {
-            FrontendReq::SET_CONFIG => {
-                self.protocol_features & VhostUserProtocolFeatures::CONFIG.bits() != 0
-            }
+            FrontendReq::SET_CONFIG => has(VhostUserProtocolFeatures::CONFIG),
+            FrontendReq::SET_BACKEND_REQ_FD => has(VhostUserProtocolFeatures::BACKEND_REQ),
             _ => true,
         };
         let checked = FrontendReq::try_from(request)
@@ -221,6 +231,7 @@ impl FrontEnd {
 
 impl Drop for FrontEnd {
     fn drop(&mut self) {
+        self.device.set_backend_channel(None);
         self.stop_all();
     }
 }
@@ -453,6 +464,13 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
             written.ok_or_else(|| refuse("only the cache mode can be written, to 0 or 1"))?;
         self.update_all(&QueueUpdate::WriteThrough(self.write_through()));
         Ok(())
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        self.answered = true;
+        // The library has found it to be a stream socket, and closes its own descriptor of it.
+        let channel = self.backend_channel.take().map(BackendChannel::new);
+        self.device.set_backend_channel(channel);
     }
 
     fn get_max_mem_slots(&mut self) -> VhostResult<u64> {

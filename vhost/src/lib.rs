@@ -13,6 +13,7 @@
 //! the guest still has requests in.
 
 mod access;
+mod backend_channel;
 mod blk;
 mod chain;
 mod channel;

@@ -61,8 +61,8 @@ pub fn serve(
         front_end,
         complaints,
     };
-    while let Some(message) = session.channel.peek()? {
-        session.handle(&message)?;
+    while let Some(mut message) = session.channel.peek()? {
+        session.handle(&mut message)?;
     }
     Ok(())
 }
@@ -81,13 +81,14 @@ impl Session {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn handle(&mut self, message: &Message) -> Result<(), SessionError> {
+    fn handle(&mut self, message: &mut Message) -> Result<(), SessionError> {
         if let Some(reason) = message.unusable() {
             self.log_refusal(message, &reason);
             self.channel.skip(message)?;
             return self.refuse(message);
         }
-        self.front_end().begin();
+        let backend_channel = message.backend_channel.take();
+        self.front_end().begin(backend_channel);
         match self.handler.handle_request() {
             Ok(()) => Ok(()),
             Err(error) if ends_session(&error) || !message.whole => {

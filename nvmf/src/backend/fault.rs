@@ -280,6 +280,10 @@ impl Backend for FaultBackend {
         self.begin(io, Operations::COMPARE, op, token);
     }
 
+    fn grow(&self) -> std::io::Result<bool> {
+        self.inner.grow()
+    }
+
     fn sync(&self) -> std::io::Result<()> {
         self.inner.sync()
     }

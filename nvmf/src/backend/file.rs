@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::job::{Job, Target};
 use super::{Backend, BackendIo, BackendOp, Counters, Geometry};
@@ -16,7 +17,10 @@ const ALIGNMENTS: [usize; 2] = [512, 4096];
 #[derive(Debug)]
 pub struct FileBackend {
     target: Arc<Target>,
+    /// As it was opened.
     geometry: Geometry,
+    /// Blocks now.
+    block_count: AtomicU64,
 }
 
 /// Why a file cannot be a namespace. Each message is one line and says what to do.
@@ -125,6 +129,7 @@ impl FileBackend {
                 alignment,
                 counters: Counters::default(),
             }),
+            block_count: AtomicU64::new(size / u64::from(block_size)),
             geometry: Geometry {
                 block_size,
                 block_count: size / u64::from(block_size),
@@ -227,7 +232,10 @@ fn open_error(path: &Path, read_only: bool, error: io::Error) -> OpenError {
 
 impl Backend for FileBackend {
     fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry {
+            block_count: self.block_count.load(Relaxed),
+            ..self.geometry
+        }
     }
 
     fn counters(&self) -> &Counters {
@@ -235,11 +243,18 @@ impl Backend for FileBackend {
     }
 
     fn submit(&self, io: &mut BackendIo, op: BackendOp, token: u32) {
-        if let Err(status) = op.check(&self.geometry) {
+        if let Err(status) = op.check(&self.geometry()) {
             self.target.counters.count_error();
             return io.finish(token, op.into_transfer(), Err(status));
         }
         io.push(Job::new(Arc::clone(&self.target), op, token));
+    }
+
+    fn grow(&self) -> io::Result<bool> {
+        // All I/O says where: the position that this moves is nobody's.
+        let size = (&self.target.file).seek(SeekFrom::End(0))?;
+        let blocks = size / u64::from(self.geometry.block_size);
+        Ok(self.block_count.fetch_max(blocks, Relaxed) < blocks)
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -36,7 +36,8 @@ pub use null::{NullBackend, NullError};
 pub use powercut::PowerCutBackend;
 pub use ram::{RamBackend, RamError};
 
-/// Shape and abilities of a backend. Constant for its life.
+/// Shape and abilities of a backend. Constant for its life, but for the number of blocks, which
+/// [`Backend::grow`] may raise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     /// Bytes of a block: 512 or 4096.
@@ -204,6 +205,15 @@ pub trait Backend: Send + Sync {
     fn sink(&self, offset: u64, len: usize, list: &mut Vec<Segment>) -> Option<MemSink> {
         let _ = (offset, len, list);
         None
+    }
+
+    /// Takes over what the storage has grown by since it was opened; true when it has grown. Where it
+    /// has shrunk, the blocks that are gone keep failing. Called from the control plane.
+    ///
+    /// # Errors
+    /// What the storage reports.
+    fn grow(&self) -> std::io::Result<bool> {
+        Ok(false)
     }
 
     /// Flushes from the control plane, blocking.

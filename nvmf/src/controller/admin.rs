@@ -87,7 +87,15 @@ impl Admin<'_> {
             .map(Answer::Data),
             admin::GET_LOG_PAGE => {
                 let hours = self.since.elapsed().as_secs() / 3600;
-                log_page::get(sqe, data_len, self.subsystem, hours, limits).map(Answer::Data)
+                let page = log_page::get(
+                    sqe,
+                    data_len,
+                    self.association,
+                    self.subsystem,
+                    hours,
+                    limits,
+                );
+                page.map(Answer::Data)
             }
             admin::SET_FEATURES => self
                 .features

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, oneshot};
 
 use super::fabrics::{self, Refusal};
+use super::notices::Notices;
 use super::registers::Registers;
 use crate::spec::Status;
 use crate::spec::fabrics::connect_offset;
@@ -28,6 +29,7 @@ struct State {
     queues: BTreeMap<u16, Option<oneshot::Sender<()>>>,
     /// I/O queues that have given their QID up, and are not gone.
     leaving: usize,
+    notices: Notices,
     over: bool,
 }
 
@@ -38,7 +40,7 @@ pub(super) struct Association {
     /// Some command arrived on some queue since this was last taken.
     traffic: AtomicBool,
     state: Mutex<State>,
-    /// An I/O queue is gone.
+    /// An I/O queue is gone, or there is something to report.
     changed: Notify,
 }
 
@@ -61,6 +63,7 @@ impl Association {
                 granted: None,
                 queues: BTreeMap::new(),
                 leaving: 0,
+                notices: Notices::default(),
                 over: false,
             }),
             changed: Notify::new(),
@@ -83,6 +86,17 @@ impl Association {
     /// Runs `change` with the registers.
     pub(super) fn registers<R>(&self, change: impl FnOnce(&mut Registers) -> R) -> R {
         change(&mut self.state().registers)
+    }
+
+    /// Runs `change` with what is to be reported to the host.
+    pub(super) fn notices<R>(&self, change: impl FnOnce(&mut Notices) -> R) -> R {
+        change(&mut self.state().notices)
+    }
+
+    /// As [`Self::notices`], and has the admin queue's task look at them.
+    pub(super) fn report(&self, change: impl FnOnce(&mut Notices)) {
+        self.notices(change);
+        self.changed.notify_one();
     }
 
     /// Notes that the host is alive. Lanes call it once in a turn.
@@ -167,7 +181,7 @@ impl Association {
         state.queues.len() + state.leaving
     }
 
-    /// Waits until some I/O queue is gone since the last time.
+    /// Waits until some I/O queue is gone since the last time, or there is something to report.
     pub(super) async fn changed(&self) {
         self.changed.notified().await;
     }

@@ -201,6 +201,7 @@ pub(super) fn identify(
     id.cntrltype = DISCOVERY_CONTROLLER;
     id.lpa = LPA;
     // There are no namespaces, and no I/O queues to reach any.
+    id.oaes = 0.into();
     id.nn = 0.into();
     id.mnan = 0.into();
     id.oncs = 0.into();

@@ -70,6 +70,11 @@ impl Features {
         (self.kato > 0).then(|| Duration::from_secs(u64::from(self.kato).div_ceil(1000)))
     }
 
+    /// Events that the host wants: bits of [`crate::spec::event::config`].
+    pub(super) fn async_events(&self) -> u32 {
+        self.async_events
+    }
+
     /// What lasts no longer than a controller is enabled.
     pub(super) fn reset(&mut self) {
         *self = Self::new(self.kato);

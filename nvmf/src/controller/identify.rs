@@ -2,12 +2,15 @@
 
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::ana;
 use super::registers::VERSION;
 use super::subsystem::{MAX_NSID, Namespace, Subsystem};
 use super::{Limits, PAGE};
+use crate::spec::ana::anacap;
+use crate::spec::event::config;
 use crate::spec::identify::{
-    IDENTIFY_LEN, IdentifyController, IdentifyNamespace, LbaFormat, NamespaceDescriptorHeader, cns,
-    ctratt, nidt, oncs,
+    IDENTIFY_LEN, IdentifyController, IdentifyNamespace, LbaFormat, NamespaceDescriptorHeader,
+    cmic, cns, ctratt, lpa, nidt, oncs,
 };
 use crate::spec::{NSID_ALL, Sqe, Status};
 
@@ -21,7 +24,14 @@ const SGLS: u32 = 1 | 1 << 20 | 1 << 21;
 /// CNTRLTYPE of an I/O controller.
 const IO_CONTROLLER: u8 = 1;
 /// LPA: commands supported and effects; extended data.
-const LPA: u8 = 1 << 1 | 1 << 2;
+const LPA: u8 = lpa::EFFECTS | lpa::EXTENDED;
+/// ANACAP: every state may be reported.
+const ANACAP: u8 = anacap::OPTIMIZED
+    | anacap::NON_OPTIMIZED
+    | anacap::INACCESSIBLE
+    | anacap::PERSISTENT_LOSS
+    | anacap::CHANGE
+    | anacap::GROUP_IS_FIXED;
 /// Command set identifier of the NVM command set.
 const CSI_NVM: u8 = 0;
 /// What the operating system writes at once, for hints: a page.
@@ -105,10 +115,19 @@ pub(super) fn controller(
     id.mn = padded("vhost-nvmf");
     id.fr = firmware();
     // Several controllers may exist in the subsystem.
-    id.cmic = 1 << 1;
+    id.cmic = cmic::CONTROLLERS;
     id.mdts = (limits.max_transfer / PAGE).ilog2() as u8;
     id.cntlid = cntlid.into();
     id.ver = VERSION.into();
+    id.oaes = config::NAMESPACE_ATTRIBUTE.into();
+    if subsystem.ana().is_some() {
+        id.cmic |= cmic::ANA;
+        id.oaes |= config::ANA_CHANGE;
+        id.anatt = ana::TRANSITION_SECONDS;
+        id.anacap = ANACAP;
+        id.anagrpmax = ana::GROUPS_MAX.into();
+        id.nanagrpid = ana::GROUPS_MAX.into();
+    }
     id.ctratt = (ctratt::HOST_ID_128 | ctratt::TBKAS).into();
     id.cntrltype = IO_CONTROLLER;
     id.acl = 3;
@@ -155,6 +174,7 @@ fn namespace(namespace: &Namespace) -> IdentifyNamespace {
     id.dlfeat = u8::from(geometry.deallocated_reads_zeroes)
         | u8::from(geometry.deallocate && geometry.deallocated_reads_zeroes) << 3;
     id.nsattr = u8::from(geometry.read_only);
+    id.anagrpid = namespace.ana_group().into();
     id.nguid = *namespace.uuid().as_bytes();
     id.lbaf[0] = LbaFormat {
         ms: 0.into(),
@@ -167,10 +187,12 @@ fn namespace(namespace: &Namespace) -> IdentifyNamespace {
 /// The command set independent structure (Base 2.0): few bytes of it say something.
 fn independent(namespace: &Namespace) -> Vec<u8> {
     const NMIC: usize = 1;
+    const ANAGRPID: std::ops::Range<usize> = 4..8;
     const NSATTR: usize = 8;
     const NSTAT: usize = 14;
     let mut id = vec![0; IDENTIFY_LEN];
     id[NMIC] = 1;
+    id[ANAGRPID].copy_from_slice(&namespace.ana_group().to_le_bytes());
     id[NSATTR] = u8::from(namespace.backend().geometry().read_only);
     // Ready.
     id[NSTAT] = 1;

@@ -80,6 +80,9 @@ pub(super) fn plan(
     let Some(namespace) = subsystem.find(sqe.nsid.get()) else {
         return refuse(Status::INVALID_NAMESPACE);
     };
+    if let Some(groups) = subsystem.ana() {
+        groups.check(subsystem.namespaces()[namespace].ana_group())?;
+    }
     let geometry = subsystem.namespaces()[namespace].backend().geometry();
     if writes && geometry.read_only {
         return refuse(Status::WRITE_PROTECTED);

@@ -1,9 +1,12 @@
-//! What Get Log Page answers: the supported pages, errors, health, firmware slots, commands and effects.
+//! What Get Log Page answers: the supported pages, errors, health, firmware slots, changed namespaces,
+//! commands and effects, asymmetric access.
 
 use super::Limits;
+use super::association::Association;
 use super::identify::firmware;
 use super::subsystem::Subsystem;
-use crate::spec::log::{GetLogPage, lid};
+use crate::spec::ana::LSP_GROUPS_ONLY;
+use crate::spec::log::{GetLogPage, RETAIN_EVENT, lid};
 use crate::spec::opcode::{admin, nvm};
 use crate::spec::{Sqe, Status};
 
@@ -43,25 +46,39 @@ pub(super) fn part(mut page: Vec<u8>, request: GetLogPage) -> Result<Vec<u8>, St
 pub(super) fn get(
     sqe: &Sqe,
     data_len: u32,
+    association: &Association,
     subsystem: &Subsystem,
     hours: u64,
     limits: &Limits,
 ) -> Result<Vec<u8>, Status> {
     let request = request(sqe, data_len, limits)?;
+    let retain = sqe.cdw10.get() & RETAIN_EVENT != 0;
     let page = match request.lid {
-        lid::SUPPORTED => supported(),
+        lid::SUPPORTED => supported(subsystem),
         // No error is ever recorded, so every entry, at any offset, is an empty one.
         lid::ERROR => return Ok(vec![0; request.len as usize]),
         lid::HEALTH => health(subsystem, hours),
         lid::FIRMWARE => firmware_slots(),
         lid::EFFECTS => effects(),
+        lid::CHANGED_NAMESPACES => {
+            association.notices(|notices| notices.changed_namespaces(request, retain))
+        }
+        lid::ANA if subsystem.ana().is_some() => {
+            if !retain {
+                // Before it is made: what changes meanwhile is reported.
+                association.notices(super::notices::Notices::ana_read);
+            }
+            let groups_only = sqe.cdw10.get() & LSP_GROUPS_ONLY != 0;
+            let groups = subsystem.ana();
+            groups.map_or_else(Vec::new, |it| it.log(subsystem.namespaces(), groups_only))
+        }
         _ => return Err(Status::INVALID_FIELD.do_not_retry()),
     };
     part(page, request)
 }
 
 /// Supported Log Pages (Base 2.0): a dword for each identifier.
-fn supported() -> Vec<u8> {
+fn supported(subsystem: &Subsystem) -> Vec<u8> {
     /// The page exists. Offsets are in bytes, so there is no index offset.
     const SUPPORTED: u32 = 1;
     let mut page = vec![0; 1024];
@@ -70,8 +87,12 @@ fn supported() -> Vec<u8> {
         lid::ERROR,
         lid::HEALTH,
         lid::FIRMWARE,
+        lid::CHANGED_NAMESPACES,
         lid::EFFECTS,
-    ] {
+    ]
+    .into_iter()
+    .chain(subsystem.ana().map(|_| lid::ANA))
+    {
         let at = usize::from(lid) * 4;
         page[at..at + 4].copy_from_slice(&SUPPORTED.to_le_bytes());
     }

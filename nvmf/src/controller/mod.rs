@@ -14,6 +14,7 @@
 //! that cannot be overtaken.
 
 mod admin;
+mod ana;
 mod association;
 mod buffers;
 mod compare;
@@ -25,6 +26,7 @@ mod identify;
 mod io;
 mod lane;
 mod log_page;
+mod notices;
 mod port;
 mod quota;
 mod ranges;
@@ -40,6 +42,7 @@ use std::time::Duration;
 
 use crate::backend::Engine;
 use crate::spec::Nqn;
+pub use crate::spec::ana::AnaState;
 use crate::transport::{Counters, Lane, Registry};
 pub use lane::TargetLane;
 pub use port::{BindError, LocalPort, Port};

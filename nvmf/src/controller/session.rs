@@ -15,6 +15,7 @@ use super::admin::{Admin, Answer};
 use super::association::Association;
 use super::discovery::Viewpoint;
 use super::features::Features;
+use super::notices::Notices;
 use super::registers::Effect;
 use super::subsystem::Subsystem;
 use crate::spec::{Cqe, Status};
@@ -119,6 +120,7 @@ impl Session {
         let association = Arc::clone(&self.registration.association);
         loop {
             self.events();
+            self.report();
             self.advance_closing();
             if let Some(ending) = self.queue.pair().ending() {
                 return End::Admin(ending.to_string());
@@ -181,6 +183,19 @@ impl Session {
         }
     }
 
+    /// Completes requests for events, as long as there are both.
+    fn report(&mut self) {
+        let enabled = self.features.async_events();
+        while let Some(&tag) = self.held.front() {
+            let association = &self.registration.association;
+            let Some(event) = association.notices(|notices| notices.next(enabled)) else {
+                return;
+            };
+            self.held.pop_front();
+            self.respond(tag, Cqe::with_result(0, event.to_dw0().into()));
+        }
+    }
+
     fn send(&mut self, tag: CommandTag, data: Vec<u8>) {
         let len = data.len();
         if self.unsent + len > UNSENT_MAX {
@@ -214,6 +229,9 @@ impl Session {
     fn close(&mut self, flush: bool) {
         self.registration.association.close_queues();
         self.features.reset();
+        self.registration
+            .association
+            .notices(|notices| *notices = Notices::default());
         while let Some(tag) = self.held.pop_front() {
             self.respond(tag, Cqe::new(0, Status::ABORT_REQUESTED));
         }

@@ -6,9 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
+use super::ana::{AnaGroups, GROUPS_MAX};
 use super::association::Association;
+use super::notices::Notices;
 use crate::backend::Backend;
 use crate::spec::Nqn;
+use crate::spec::ana::AnaState;
 use crate::spec::fabrics::CNTLID_MAX;
 use crate::spec::nqn::DISCOVERY_NQN;
 
@@ -20,6 +23,8 @@ pub struct Namespace {
     nsid: u32,
     uuid: Uuid,
     backend: Arc<dyn Backend>,
+    /// 0 where the subsystem reports no access states.
+    ana_group: u32,
 }
 
 impl Namespace {
@@ -31,6 +36,11 @@ impl Namespace {
     /// Its UUID; the same 16 bytes are its NGUID.
     pub fn uuid(&self) -> Uuid {
         self.uuid
+    }
+
+    /// Its ANA group; 0 where the subsystem reports no access states.
+    pub(super) fn ana_group(&self) -> u32 {
+        self.ana_group
     }
 
     /// Its storage.
@@ -65,6 +75,7 @@ pub struct Subsystem {
     serial: String,
     hosts: Vec<Nqn>,
     namespaces: Vec<Namespace>,
+    ana: Option<AnaGroups>,
     controllers: Mutex<Controllers>,
 }
 
@@ -77,6 +88,7 @@ impl Subsystem {
             serial: printable.take(20).collect(),
             hosts: Vec::new(),
             namespaces: Vec::new(),
+            ana: None,
             controllers: Mutex::default(),
         }
     }
@@ -109,9 +121,72 @@ impl Subsystem {
             nsid,
             uuid,
             backend,
+            ana_group: u32::from(self.ana.is_some()),
         };
         self.namespaces.insert(at, namespace);
         Ok(())
+    }
+
+    /// Has the subsystem report asymmetric namespace access: all namespaces are in group 1 unless
+    /// [`Self::set_ana_group`] says otherwise, and all groups are optimized.
+    pub fn report_ana(&mut self) {
+        self.ana = Some(AnaGroups::new());
+        for namespace in &mut self.namespaces {
+            namespace.ana_group = 1;
+        }
+    }
+
+    /// Puts a namespace into an ANA group, 1 to 16. False when there is no such namespace or group, or access
+    /// states are not reported.
+    pub fn set_ana_group(&mut self, nsid: u32, group: u32) -> bool {
+        let place = self.find(nsid).filter(|_| self.ana.is_some());
+        match place {
+            Some(place) if (1..=GROUPS_MAX).contains(&group) => {
+                self.namespaces[place].ana_group = group;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Changes how the namespaces of an ANA group can be reached through the controllers of this subsystem,
+    /// and reports that to their hosts. Without effect where access states are not reported.
+    pub fn set_ana_state(&self, group: u32, state: AnaState) {
+        let changed = self.ana.as_ref().is_some_and(|it| it.set(group, state));
+        if changed {
+            self.report(Notices::ana);
+        }
+    }
+
+    /// Takes over what the storage of its namespaces has grown by, and reports that to the hosts.
+    pub fn grow(&self) {
+        for namespace in &self.namespaces {
+            let nsid = namespace.nsid;
+            match namespace.backend.grow() {
+                Ok(true) => {
+                    let blocks = namespace.backend.geometry().block_count;
+                    tracing::info!(subsystem = %self.nqn, nsid, blocks, "the namespace has grown");
+                    self.report(|notices| notices.namespace(nsid));
+                }
+                Ok(false) => {}
+                Err(error) => tracing::warn!(
+                    subsystem = %self.nqn, nsid,
+                    "the size of the namespace's storage cannot be read: {error}"
+                ),
+            }
+        }
+    }
+
+    /// Has every controller report something.
+    fn report(&self, change: impl Fn(&mut Notices)) {
+        let all: Vec<_> = self.controllers().by_id.values().cloned().collect();
+        for association in all {
+            association.report(&change);
+        }
+    }
+
+    pub(super) fn ana(&self) -> Option<&AnaGroups> {
+        self.ana.as_ref()
     }
 
     /// Its name.

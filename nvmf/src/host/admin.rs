@@ -68,7 +68,7 @@ impl LossReport {
     }
 }
 
-/// A handle to an admin queue. The queue ends when the last handle is dropped.
+/// A handle to an admin queue. The queue ends when the last handle that keeps it is dropped.
 #[derive(Debug, Clone)]
 pub(super) struct Admin {
     at: SocketAddr,
@@ -77,7 +77,8 @@ pub(super) struct Admin {
     /// When all commands of this handle together must be over, and since when.
     span: Option<(Instant, Instant)>,
     requests: mpsc::Sender<Request>,
-    stop: Arc<Stop>,
+    /// None where the handle does not keep the queue.
+    stop: Option<Arc<Stop>>,
     losses: LossReport,
 }
 
@@ -117,7 +118,7 @@ impl Admin {
             timeout,
             span: None,
             requests,
-            stop: Arc::new(Stop(stop)),
+            stop: Some(Arc::new(Stop(stop))),
             losses,
         };
         (admin, task)
@@ -126,6 +127,14 @@ impl Admin {
     /// The controller's address.
     pub(super) fn at(&self) -> SocketAddr {
         self.at
+    }
+
+    /// A handle that does not keep the queue.
+    pub(super) fn detached(&self) -> Self {
+        Self {
+            stop: None,
+            ..self.clone()
+        }
     }
 
     /// A handle whose commands together take no longer than from `begun` to `end`.
@@ -153,7 +162,9 @@ impl Admin {
 
     /// Ends the queue now.
     pub(super) fn stop(&self) {
-        self.stop.0.notify_one();
+        if let Some(stop) = &self.stop {
+            stop.0.notify_one();
+        }
     }
 
     /// Runs a command, and fails unless its status is success.
@@ -212,7 +223,7 @@ impl Admin {
     }
 
     /// Runs a command for as long as it takes. `None` when the queue ended first.
-    async fn submit(&self, sqe: Sqe, transfer: Transfer) -> Option<Completion> {
+    pub(super) async fn submit(&self, sqe: Sqe, transfer: Transfer) -> Option<Completion> {
         let (reply, answer) = oneshot::channel();
         let request = Request {
             sqe,

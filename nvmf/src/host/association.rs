@@ -3,21 +3,23 @@
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 use super::address::{TargetAddress, share};
 use super::admin::{ADMIN_QUEUE_ENTRIES, Admin, LossReport};
+use super::ana::{self, AnaLog};
 use super::connect::{ConnectQueue, Connected, Parties, connect_queue};
 use super::dial::{Dial, Local, NewQueue, Tcp};
 use super::enable::{enable, read_capabilities, shut_down};
 use super::error::{HostError, Loss};
+use super::events::{Events, HostEvent};
 use super::identify::{ControllerInfo, identify_controller};
+use super::inquiry::Inquiry;
 use super::keepalive::KeepAlive;
 use super::namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector};
 use super::options::HostOptions;
-use super::survey::Survey;
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::property::Cc;
 use crate::spec::{Nqn, Sqe, Status, feature};
@@ -30,12 +32,8 @@ const ADMIN_IN_CAPSULE_LIMIT: u32 = 8192;
 /// Largest transfer of one command with data digests, in bytes. Linux targets check one digest over
 /// all that a command writes, so it has to travel in one PDU; this much does.
 const DIGEST_TRANSFER_MAX: u64 = 128 << 10;
-/// A look at all namespaces may take this many times as long as connecting.
-const SURVEY_MAX: u32 = 6;
 /// Connecting so many I/O queues may take as long again as connecting the first.
 const QUEUES_AT_ONCE: u32 = 16;
-/// A look at so many namespaces may take as long again as connecting.
-const NAMESPACES_AT_ONCE: u32 = 16;
 /// Longest wait for a controller's shutdown when bringing the association up failed.
 const FAILED_SHUTDOWN: Duration = Duration::from_millis(500);
 /// Stands for the address of a controller in this process.
@@ -55,6 +53,7 @@ pub struct Association {
     admin: Admin,
     admin_task: JoinHandle<()>,
     keep_alive: Option<KeepAlive>,
+    events: Option<Events>,
     losses: LossReport,
 }
 
@@ -205,6 +204,7 @@ impl Association {
             admin,
             admin_task,
             keep_alive,
+            events: None,
             losses,
         })
     }
@@ -230,7 +230,7 @@ impl Association {
     /// # Errors
     /// The controller fails to answer, or its lists make no sense.
     pub async fn namespaces(&self) -> Result<Vec<NamespaceInfo>, HostError> {
-        let found = self.survey(async |survey| survey.all().await).await?;
+        let found = self.inquiry().all().await?;
         let mut usable = Vec::with_capacity(found.len());
         for found in found {
             match found.info {
@@ -248,7 +248,7 @@ impl Association {
     /// # Errors
     /// As [`Self::namespaces`].
     pub async fn list_namespaces(&self) -> Result<Vec<ListedNamespace>, HostError> {
-        let found = self.survey(async |survey| survey.all().await).await?;
+        let found = self.inquiry().all().await?;
         Ok(found.into_iter().map(ListedNamespace::from).collect())
     }
 
@@ -258,30 +258,59 @@ impl Association {
     /// As [`Self::namespaces`]; nothing or too much is selected, and then the error lists what
     /// there is; or the namespace cannot be served, with the reason.
     pub async fn select(&self, selector: &NamespaceSelector) -> Result<NamespaceInfo, HostError> {
-        self.survey(async |survey| survey.select(selector).await)
-            .await
+        self.inquiry().select(selector).await
     }
 
-    async fn survey<T>(
-        &self,
-        look: impl AsyncFnOnce(&mut Survey<'_>) -> Result<T, HostError>,
-    ) -> Result<T, HostError> {
-        let (begun, within) = (Instant::now(), self.options.connect_timeout);
-        let mut survey = Survey {
-            admin: self.admin.bounded(begun, begun + within),
-            each: within / NAMESPACES_AT_ONCE,
-            subnqn: &self.info.subnqn,
-            hostnqn: &self.options.hostnqn,
+    /// Looks at one namespace again, after [`HostEvent::NamespacesChanged`] for instance; `None` when it is
+    /// not active now.
+    ///
+    /// # Errors
+    /// As [`Self::namespaces`]; or it cannot be served any more, with the reason.
+    pub async fn reidentify(&self, nsid: u32) -> Result<Option<NamespaceInfo>, HostError> {
+        self.inquiry().reidentify(nsid).await
+    }
+
+    /// Something to look at namespaces with from another task. It does not keep the association: once that is
+    /// gone, what it is asked fails.
+    pub fn inquiry(&self) -> Inquiry {
+        Inquiry {
+            admin: self.admin.detached(),
+            address: self.info.address,
+            subnqn: self.info.subnqn.clone(),
+            hostnqn: self.options.hostnqn.clone(),
             max_transfer: self.info.max_transfer,
-        };
-        let within = within * SURVEY_MAX;
-        timeout(within, look(&mut survey))
-            .await
-            .unwrap_or(Err(HostError::TimedOut {
-                at: self.info.address,
-                command: "Identify of its namespaces",
-                after: within,
-            }))
+            within: self.options.connect_timeout,
+        }
+    }
+
+    /// Reads how the namespaces can be reached through this controller, however long that log is.
+    ///
+    /// # Errors
+    /// The controller reports nothing of the kind ([`ControllerInfo::ana`]), does not answer within the time for
+    /// connecting, or its log makes no sense.
+    pub async fn ana_log(&self) -> Result<AnaLog, HostError> {
+        let at = self.info.address;
+        let info = self.info.ana.ok_or_else(|| HostError::Unusable {
+            at,
+            reason: "it does not report asymmetric namespace access".to_owned(),
+        })?;
+        let (begun, within) = (Instant::now(), self.options.connect_timeout);
+        let admin = self.admin.bounded(begun, begun + within);
+        let most = self.info.max_transfer;
+        ana::read_log(&admin, &info, most, self.info.extended_log).await
+    }
+
+    /// What the controller reports of its own accord, from now on: asks for the events that it offers, and
+    /// keeps as many requests outstanding as it holds, at most 8. The channel closes with the association, or
+    /// when the controller refuses for good. Events that are not taken in time become one
+    /// [`HostEvent::Missed`]. Only the first call gets events; a later one gets a channel that is closed.
+    pub fn events(&mut self) -> mpsc::Receiver<HostEvent> {
+        if self.events.is_some() {
+            return mpsc::channel(1).1;
+        }
+        let (task, events) = Events::start(self.admin.clone(), self.info.events, false);
+        self.events = Some(task);
+        events
     }
 
     /// Connects all I/O queue pairs that the controller grants, in ascending order of queue ID. They
@@ -376,6 +405,7 @@ impl Association {
     pub async fn shutdown(self, deadline: Duration) {
         // A controller that shuts down is not ready any more, which is no loss now.
         drop(self.keep_alive);
+        drop(self.events);
         let complete = shut_down(&self.admin, self.cc, deadline).await;
         self.admin.stop();
         let abort = self.admin_task.abort_handle();

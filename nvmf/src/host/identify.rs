@@ -6,8 +6,10 @@ use std::time::Duration;
 use zerocopy::FromBytes;
 
 use super::admin::Admin;
+use super::ana::AnaInfo;
 use super::error::HostError;
-use crate::spec::identify::{IDENTIFY_LEN, IdentifyController, cns, ctratt, oncs};
+use super::events::EventSupport;
+use crate::spec::identify::{IDENTIFY_LEN, IdentifyController, cmic, cns, ctratt, lpa, oncs};
 use crate::spec::property::Cap;
 use crate::spec::{Nqn, Sqe};
 
@@ -60,6 +62,14 @@ pub struct ControllerInfo {
     pub deallocate: DeallocateLimits,
     /// How it finds out that its host is gone.
     pub liveness: Liveness,
+    /// What its subsystem may have several of: see [`cmic`].
+    pub cmic: u8,
+    /// What it says of asymmetric namespace access; `None` when it does not report that.
+    pub ana: Option<AnaInfo>,
+    /// Parts of a log page can be read at any offset.
+    pub extended_log: bool,
+    /// What it reports of its own accord.
+    pub events: EventSupport,
 }
 
 /// How a controller finds out that its host is gone.
@@ -212,7 +222,33 @@ fn digest(
             traffic_based: data.ctratt.get() & ctratt::TBKAS != 0,
             quiesce: Duration::from_millis(data.cqt.get().into()),
         },
+        cmic: data.cmic,
+        ana: (data.cmic & cmic::ANA != 0).then(|| ana_info(data)),
+        extended_log: data.lpa & lpa::EXTENDED != 0,
+        events: event_support(data),
     })
+}
+
+fn ana_info(data: &IdentifyController) -> AnaInfo {
+    AnaInfo {
+        capabilities: data.anacap,
+        transition_time: Duration::from_secs(data.anatt.into()),
+        max_group: data.anagrpmax.get(),
+        groups: data.nanagrpid.get(),
+        namespaces: match data.mnan.get() {
+            0 => data.nn.get(),
+            most => most,
+        },
+    }
+}
+
+/// What the controller says of its events; both counts are zero-based there.
+pub(super) fn event_support(data: &IdentifyController) -> EventSupport {
+    EventSupport {
+        requests: u16::from(data.aerl) + 1,
+        optional: data.oaes.get(),
+        error_entries: u16::from(data.elpe) + 1,
+    }
 }
 
 /// A controller that answers under another name is another subsystem, and its namespaces are not

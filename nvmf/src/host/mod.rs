@@ -11,13 +11,16 @@
 
 mod address;
 mod admin;
+mod ana;
 mod association;
 mod connect;
 mod dial;
 pub mod discovery;
 mod enable;
 mod error;
+mod events;
 mod identify;
+mod inquiry;
 mod keepalive;
 mod namespace;
 mod options;
@@ -27,9 +30,13 @@ mod survey;
 #[cfg(test)]
 mod tests;
 
+pub use crate::spec::ana::AnaState;
 pub use address::TargetAddress;
+pub use ana::{AnaInfo, AnaLog};
 pub use association::Association;
 pub use error::{HostError, Loss, Queue};
+pub use events::{Changed, EventSupport, HostEvent};
 pub use identify::{ControllerInfo, DeallocateLimits, Liveness};
+pub use inquiry::Inquiry;
 pub use namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector, OptimalIo};
 pub use options::HostOptions;

@@ -65,6 +65,8 @@ pub struct NamespaceInfo {
     pub write_zeroes_deallocates: bool,
     /// What is best for speed.
     pub optimal: OptimalIo,
+    /// ANA group; 0 = none.
+    pub anagrpid: u32,
 }
 
 impl NamespaceInfo {
@@ -293,6 +295,7 @@ pub(super) fn digest(
         deallocated_reads_zero: data.dlfeat & 7 == DLFEAT_ZEROES,
         write_zeroes_deallocates: data.dlfeat & DLFEAT_WRITE_ZEROES_DEALLOCATES != 0,
         optimal: OptimalIo::from_identify(data),
+        anagrpid: data.anagrpid.get(),
     })
 }
 

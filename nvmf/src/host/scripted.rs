@@ -21,6 +21,7 @@ use crate::spec::fabrics::{Connect, Property, SQHD_FLOW_DISABLED};
 use crate::spec::identify::{
     IDENTIFY_LEN, IdentifyController, IdentifyNamespace, LbaFormat, cns, nidt,
 };
+use crate::spec::log::GetLogPage;
 use crate::spec::opcode::{admin, fabrics};
 use crate::spec::property::{Cap, Cc, Csts, offset};
 use crate::spec::{Cqe, Nqn, Sqe, Status, feature};
@@ -42,6 +43,8 @@ pub(super) enum Answer {
     Entry(Cqe),
     /// No answer, ever.
     Silence,
+    /// No answer before there is an event.
+    Held,
     /// The connection ends instead.
     End(Ending),
 }
@@ -71,6 +74,8 @@ pub(super) struct Model {
     pub(super) identity: IdentifyController,
     /// Identify data and identification descriptors by NSID.
     pub(super) namespaces: BTreeMap<u32, (IdentifyNamespace, Vec<u8>)>,
+    /// Log pages.
+    pub(super) pages: BTreeMap<u8, Vec<u8>>,
     /// I/O queues that it grants.
     pub(super) queues: u16,
     /// What Connect commands said, with their data.
@@ -100,6 +105,7 @@ impl Model {
             csts: Csts::default(),
             identity,
             namespaces: BTreeMap::new(),
+            pages: BTreeMap::new(),
             queues: 4,
             connects: Vec::new(),
             commands: Vec::new(),
@@ -113,7 +119,12 @@ impl Model {
             admin::SET_FEATURES if sqe.cdw10.get() as u8 == feature::fid::NUMBER_OF_QUEUES => {
                 Answer::Result(feature::number_of_queues(self.queues).into())
             }
+            admin::SET_FEATURES if sqe.cdw10.get() as u8 == feature::fid::ASYNC_EVENT_CONFIG => {
+                Answer::Result(0)
+            }
             admin::KEEP_ALIVE => Answer::Result(0),
+            admin::ASYNC_EVENT_REQUEST => Answer::Held,
+            admin::GET_LOG_PAGE => self.log_page(GetLogPage::from_sqe(sqe)),
             _ => Answer::status(Status::INVALID_OPCODE),
         }
     }
@@ -144,6 +155,19 @@ impl Model {
             }
             _ => Answer::status(Status::INVALID_OPCODE),
         }
+    }
+
+    /// Part of a page, zeroes behind its end.
+    fn log_page(&mut self, part: GetLogPage) -> Answer {
+        let Some(page) = self.pages.get(&part.lid) else {
+            return Answer::status(Status::INVALID_LOG_PAGE);
+        };
+        if part.offset > 0 && part.offset >= page.len() as u64 {
+            return Answer::status(Status::INVALID_FIELD);
+        }
+        let mut bytes = page[part.offset as usize..].to_vec();
+        bytes.resize(part.len as usize, 0);
+        Answer::Data(bytes)
     }
 
     fn identify(&mut self, structure: u8, nsid: u32) -> Answer {
@@ -191,6 +215,10 @@ struct State {
     model: Model,
     script: Option<Script>,
     ending: Option<Ending>,
+    /// What held commands are answered with, when there are some.
+    events: VecDeque<Cqe>,
+    /// Commands that are held now.
+    held: usize,
     /// Other ends of the pairs' descriptors, to wake who waits for them.
     wakers: Vec<UnixStream>,
     /// What was opened where.
@@ -212,6 +240,8 @@ impl Scripted {
             model,
             script: None,
             ending: None,
+            events: VecDeque::new(),
+            held: 0,
             wakers: Vec::new(),
             opened: Vec::new(),
             broken: HashMap::new(),
@@ -253,6 +283,20 @@ impl Scripted {
         for waker in &mut state.wakers {
             let _ = waker.write(&[0]);
         }
+    }
+
+    /// Answers a held command, as soon as there is one.
+    pub(super) fn complete_held(&self, cqe: Cqe) {
+        let mut state = self.state();
+        state.events.push_back(cqe);
+        for waker in &mut state.wakers {
+            let _ = waker.write(&[0]);
+        }
+    }
+
+    /// Commands that are held now.
+    pub(super) fn held(&self) -> usize {
+        self.state().held
     }
 
     /// Looks at the honest controller's state.
@@ -303,6 +347,7 @@ impl Dial for Scripted {
             size: queue.entries as usize,
             done: VecDeque::new(),
             silent: Vec::new(),
+            held: VecDeque::new(),
             ending: None,
             next_cid: 0,
         }))
@@ -317,6 +362,8 @@ struct ScriptedPair {
     done: VecDeque<Completion>,
     /// Commands that are never answered.
     silent: Vec<(u64, Transfer)>,
+    /// Commands that are answered when there is an event.
+    held: VecDeque<(u64, Transfer)>,
     ending: Option<Ending>,
     next_cid: u16,
 }
@@ -327,7 +374,8 @@ impl ScriptedPair {
             return;
         }
         self.ending = Some(ending);
-        for (token, transfer) in self.silent.drain(..) {
+        self.controller.state().held -= self.held.len();
+        for (token, transfer) in self.silent.drain(..).chain(self.held.drain(..)) {
             self.done.push_back(Completion {
                 token,
                 cqe: Cqe::new(0, Status::ABORTED_BY_HOST),
@@ -338,12 +386,32 @@ impl ScriptedPair {
         }
     }
 
+    /// Answers held commands, while there are both.
+    fn answer_held(&mut self) {
+        loop {
+            let mut state = self.controller.state();
+            let Some((token, transfer)) = self.held.pop_front_if(|_| !state.events.is_empty())
+            else {
+                return;
+            };
+            state.held -= 1;
+            let cqe = state.events.pop_front().unwrap();
+            drop(state);
+            self.complete(token, transfer, Answer::Entry(cqe));
+        }
+    }
+
     fn complete(&mut self, token: u64, transfer: Transfer, answer: Answer) {
         let (cqe, data) = match answer {
             Answer::Result(result) => (Cqe::with_result(0, result), Vec::new()),
             Answer::Data(data) => (Cqe::new(0, Status::SUCCESS), data),
             Answer::Entry(cqe) => (cqe, Vec::new()),
             Answer::Silence => return self.silent.push((token, transfer)),
+            Answer::Held => {
+                self.held.push_back((token, transfer));
+                self.controller.state().held += 1;
+                return self.answer_held();
+            }
             Answer::End(ending) => {
                 self.silent.push((token, transfer));
                 return self.end_with(ending);
@@ -386,6 +454,7 @@ impl QueuePair for ScriptedPair {
         if let Some(ending) = ending {
             self.end_with(ending);
         }
+        self.answer_held();
         false
     }
 
@@ -449,7 +518,7 @@ impl HostQueuePair for ScriptedPair {
     }
 
     fn outstanding(&self) -> usize {
-        self.silent.len() + self.done.len()
+        self.silent.len() + self.held.len() + self.done.len()
     }
 
     fn completion(&mut self) -> Option<Completion> {

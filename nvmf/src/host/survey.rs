@@ -44,22 +44,35 @@ impl Survey<'_> {
         Ok(found)
     }
 
+    /// One namespace; `None` when it is not active.
+    pub(super) async fn one(&mut self, nsid: u32) -> Result<Option<NamespaceInfo>, HostError> {
+        match self.find(nsid).await? {
+            Some(found) => self.usable(found).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The namespace with an NSID. Active or not is one question, however many namespaces there are.
+    async fn find(&mut self, nsid: u32) -> Result<Option<Found>, HostError> {
+        let listed = match nsid {
+            1..=NSID_MAX => self.active(nsid - 1, 1).await?,
+            _ => Vec::new(),
+        };
+        if listed.first() != Some(&nsid) {
+            return Ok(None);
+        }
+        self.look(nsid).await
+    }
+
     /// The namespace that is meant.
     pub(super) async fn select(
         &mut self,
         selector: &NamespaceSelector,
     ) -> Result<NamespaceInfo, HostError> {
-        if let NamespaceSelector::Nsid(nsid) = *selector {
-            // Active or not is one question, however many namespaces there are.
-            let listed = match nsid {
-                1..=NSID_MAX => self.active(nsid - 1, 1).await?,
-                _ => Vec::new(),
-            };
-            if listed.first() == Some(&nsid)
-                && let Some(found) = self.look(nsid).await?
-            {
-                return self.usable(found);
-            }
+        if let NamespaceSelector::Nsid(nsid) = *selector
+            && let Some(found) = self.find(nsid).await?
+        {
+            return self.usable(found);
         }
         let mut all = self.all().await?;
         if all.is_empty() {
@@ -76,9 +89,16 @@ impl Survey<'_> {
                 existing: list(&all),
             });
         }
-        match all.iter().position(|found| found.matches(selector)) {
-            Some(index) => self.usable(all.swap_remove(index)),
-            None => Err(HostError::NoSuchNamespace {
+        let meant: Vec<usize> = (0..all.len())
+            .filter(|&index| all[index].matches(selector))
+            .collect();
+        match meant[..] {
+            [index] => self.usable(all.swap_remove(index)),
+            [one, other, ..] => Err(self.unusable(format!(
+                "its namespaces {} and {} both have {selector}",
+                all[one].nsid, all[other].nsid
+            ))),
+            [] => Err(HostError::NoSuchNamespace {
                 at: self.admin.at(),
                 subnqn: self.subnqn.to_string(),
                 selector: selector.to_string(),

@@ -158,6 +158,24 @@ pub mod oncs {
     pub const VERIFY: u16 = 1 << 7;
 }
 
+/// Bits of [`IdentifyController::cmic`].
+pub mod cmic {
+    /// The subsystem may have several ports.
+    pub const PORTS: u8 = 1 << 0;
+    /// The subsystem may have several controllers.
+    pub const CONTROLLERS: u8 = 1 << 1;
+    /// The subsystem reports asymmetric namespace access.
+    pub const ANA: u8 = 1 << 3;
+}
+
+/// Bits of [`IdentifyController::lpa`].
+pub mod lpa {
+    /// Commands supported and effects.
+    pub const EFFECTS: u8 = 1 << 1;
+    /// Parts of a log page at any offset, and of any length.
+    pub const EXTENDED: u8 = 1 << 2;
+}
+
 /// Bits of [`IdentifyController::ctratt`].
 pub mod ctratt {
     /// The host identifier has 128 bits.

@@ -10,9 +10,16 @@ pub mod lid {
     pub const ERROR: u8 = 0x01;
     pub const HEALTH: u8 = 0x02;
     pub const FIRMWARE: u8 = 0x03;
+    pub const CHANGED_NAMESPACES: u8 = 0x04;
     pub const EFFECTS: u8 = 0x05;
+    pub const ANA: u8 = 0x0c;
     pub const DISCOVERY: u8 = 0x70;
 }
+
+/// Get Log Page, dword 10: events that the page belongs to are not cleared (Retain Asynchronous Event).
+pub const RETAIN_EVENT: u32 = 1 << 15;
+/// Length of the changed namespace list; the list of one entry [`super::NSID_ALL`] means "too many".
+pub const CHANGED_NAMESPACES_LEN: usize = 4096;
 
 /// A Get Log Page command taken apart: which part of which page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

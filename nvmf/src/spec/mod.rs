@@ -5,8 +5,10 @@
 //! that are zero-based on the wire keep the wire's value here; the first layer above turns them
 //! into ordinary counts.
 
+pub mod ana;
 pub mod cqe;
 pub mod discovery;
+pub mod event;
 pub mod fabrics;
 pub mod feature;
 pub mod identify;

@@ -171,6 +171,11 @@ impl Sqe {
         Self::new(admin::KEEP_ALIVE, 0)
     }
 
+    /// Asynchronous Event Request.
+    pub fn async_event_request() -> Self {
+        Self::new(admin::ASYNC_EVENT_REQUEST, 0)
+    }
+
     /// A Fabrics command of this FCTYPE.
     pub fn fabrics(fctype: u8) -> Self {
         Self::new(fabrics::OPCODE, u32::from(fctype))

@@ -112,6 +112,12 @@ statuses! {
     COMPARE_FAILURE = sct::MEDIA, 0x85, "compare failure";
     /// The path failed, cause unknown.
     INTERNAL_PATH_ERROR = sct::PATH, 0x00, "internal path error";
+    /// The namespace is gone from this controller for good.
+    ANA_PERSISTENT_LOSS = sct::PATH, 0x01, "asymmetric access persistent loss";
+    /// The namespace cannot be reached through this controller now.
+    ANA_INACCESSIBLE = sct::PATH, 0x02, "asymmetric access inaccessible";
+    /// How the namespace is reached through this controller changes now.
+    ANA_TRANSITION = sct::PATH, 0x03, "asymmetric access transition";
     /// The host's side of the path failed.
     HOST_PATH_ERROR = sct::PATH, 0x70, "host pathing error";
     /// Lost with the association, synthesised by the host.

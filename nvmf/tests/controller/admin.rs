@@ -341,7 +341,11 @@ async fn a_log_page_is_refused_where_it_does_not_exist_before_anything_is_alloca
         ("offset far away", get_log(2, u64::MAX - 3, 16), 16),
         ("more than the data describes", get_log(2, 0, 512), 256),
         ("16 GiB", get_log(2, 0, u32::MAX - 3), 4096),
-        ("changed namespaces", get_log(4, 0, 4096), 4096),
+        (
+            "access states, which are not reported",
+            get_log(0xc, 0, 4096),
+            4096,
+        ),
         ("discovery", get_log(0x70, 0, 1024), 1024),
     ] {
         let (cqe, _) = queue.receive(sqe, len).await;

@@ -10,6 +10,7 @@ mod admin;
 mod capture;
 mod connect;
 mod discovery;
+mod events;
 mod fault;
 mod io;
 mod rig;

@@ -524,6 +524,22 @@ fn a_stale_cid_never_completes_the_command_that_has_its_slot_now() {
 }
 
 #[test]
+fn a_completion_for_a_command_that_nobody_sent_ends_the_connection() {
+    for stranger in [1, 2, 7, 8, 0x0101, 0x7fff, 0xffff] {
+        let mut host = host();
+        let (_, cid) = host.submit(Sqe::flush(1), Direction::None, 0).unwrap();
+        sent(&mut host, |_| Vec::new());
+        let unknown = cid.wrapping_add(stranger);
+        assert_eq!(
+            offence(&mut host, &response(unknown)),
+            (1, 20),
+            "{stranger}"
+        );
+        assert!(host.completed().is_none());
+    }
+}
+
+#[test]
 fn large_writes_take_turns_on_the_wire() {
     let mut host = host();
     let cids: Vec<u16> = (0..2)

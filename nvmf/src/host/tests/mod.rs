@@ -1,8 +1,11 @@
 //! Associations with a controller that is played by a script.
 
+mod ana;
 mod bring_up;
 mod connect;
 mod discovery;
+mod events;
+mod lies;
 mod liveness;
 mod namespaces;
 
@@ -67,6 +70,8 @@ fn what_an_association_does_can_be_done_in_a_task() {
         assert_send(&Association::connect(registry, &target(), &options()));
         assert_send(&association.namespaces());
         assert_send(&association.select(&NamespaceSelector::Only));
+        assert_send(&association.reidentify(1));
+        assert_send(&association.ana_log());
         assert_send(&association.open_io_queues(registry));
         assert_send(&association.shutdown(std::time::Duration::ZERO));
     }

@@ -14,8 +14,8 @@ fn the_offer_is_what_is_implemented() {
         .front
         .get_protocol_features()
         .expect("protocol features");
-    // MQ, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
-    let bits = [0, 3, 9, 13, 15];
+    // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
+    let bits = [0, 3, 5, 9, 13, 15];
     assert_eq!(
         protocol.bits(),
         bits.iter().map(|bit| 1 << bit).sum::<u64>()
@@ -56,6 +56,62 @@ fn the_configuration_is_served_in_any_size_and_from_either_offset() {
     assert_eq!(bench.config(33, 3).expect("odd"), whole[33..36]);
     bench.device.set_capacity(99);
     assert_eq!(bench.config(0, 8).expect("capacity"), 99_u64.to_le_bytes());
+    bench.goes_on();
+}
+
+/// What the back-end says on its channel is `count` notices of a changed configuration.
+fn notices(channel: &mut UnixStream, count: usize) {
+    let timeout = Some(Duration::from_secs(5));
+    channel.set_read_timeout(timeout).expect("a time-out");
+    for _ in 0..count {
+        let mut message = [0; 12];
+        channel.read_exact(&mut message).expect("a notice");
+        // CONFIG_CHANGE_MSG, version 1, no body.
+        assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    }
+    channel.set_nonblocking(true).expect("not blocking");
+    let more = channel.read(&mut [0]).expect_err("nothing more");
+    assert_eq!(more.kind(), std::io::ErrorKind::WouldBlock);
+    channel.set_nonblocking(false).expect("blocking");
+}
+
+#[test]
+fn a_new_capacity_is_told_on_the_channel_that_the_front_end_gave() {
+    let mut bench = Bench::new();
+    bench.negotiate();
+    assert!(!bench.device.set_capacity(3000), "there is no channel yet");
+    let (mut channel, theirs) = UnixStream::pair().expect("a pair");
+    bench.front.set_backend_request_fd(&theirs).expect("given");
+    drop(theirs);
+    notices(&mut channel, 0);
+    assert!(bench.device.set_capacity(4000));
+    assert!(bench.device.set_capacity(5000));
+    notices(&mut channel, 2);
+    assert_eq!(bench.config(0, 8).expect("config"), 5000_u64.to_le_bytes());
+    // Another one takes its place; what is no socket does not, and a reset changes nothing.
+    let (mut second, theirs) = UnixStream::pair().expect("a pair");
+    bench.front.set_backend_request_fd(&theirs).expect("given");
+    drop(theirs);
+    assert_eq!(channel.read(&mut [0]).expect("the end"), 0, "it is closed");
+    assert!(bench.front.set_backend_request_fd(&bench.kick).is_err());
+    bench.front.reset_device().expect("reset");
+    assert!(bench.device.set_capacity(6000));
+    notices(&mut second, 1);
+    // It goes with the front-end.
+    let device = Arc::clone(&bench.device);
+    bench.close().3.expect("orderly");
+    assert_eq!(second.read(&mut [0]).expect("the end"), 0, "it is closed");
+    assert!(!device.set_capacity(7000));
+}
+
+#[test]
+fn a_front_end_that_closes_its_channel_is_told_nothing_more_and_stays() {
+    let mut bench = Bench::new();
+    bench.negotiate();
+    let (channel, theirs) = UnixStream::pair().expect("a pair");
+    bench.front.set_backend_request_fd(&theirs).expect("given");
+    drop((channel, theirs));
+    assert!(!bench.device.set_capacity(4000));
     bench.goes_on();
 }
 

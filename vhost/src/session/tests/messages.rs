@@ -34,6 +34,7 @@ fn refused_messages_are_answered_and_the_session_goes_on() {
     bench.refused(code(FrontendReq::SET_VRING_BASE), &state(0, 0x1_0000));
     // Refused by the library with an answer of its own.
     bench.refused(code(FrontendReq::SET_MEM_TABLE), &[0; 8]);
+    bench.refused(code(FrontendReq::SET_BACKEND_REQ_FD), &[]);
     // Refused by the library without one: wrong size, wrong value, missing or extra descriptor.
     bench.refused(code(FrontendReq::SET_OWNER), &[0; 8]);
     bench.refused(code(FrontendReq::SET_VRING_NUM), &[0; 4]);
@@ -44,7 +45,6 @@ fn refused_messages_are_answered_and_the_session_goes_on() {
     // Not on offer.
     bench.refused(code(FrontendReq::SET_INFLIGHT_FD), &[0; 20]);
     bench.refused(code(FrontendReq::SET_LOG_BASE), &[0; 16]);
-    bench.refused(code(FrontendReq::SET_BACKEND_REQ_FD), &[]);
     // Unknown to the library, which would lose its place in the stream.
     bench.refused(4711, b"whatever this is");
     bench.refused(0, &[0; 8]);

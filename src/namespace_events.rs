@@ -1,0 +1,394 @@
+//! What a disk does about what its controllers report: a namespace that has grown reaches the guest, and
+//! everything is logged with the disk's name.
+//!
+//! A guest's disk never becomes smaller. Of a namespace that has shrunk, the controller refuses what lies beyond
+//! its end; of one that is gone, it refuses everything until it is back. Where another namespace has taken the
+//! place, the association is given up, so that nothing of the guest reaches that one: the way back looks for
+//! the right one.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nvmf::host::{Association, HostError, HostEvent, Inquiry, NamespaceInfo};
+use tokio::sync::{Semaphore, mpsc};
+use vhost_user_blk::Device;
+
+use crate::reconnect::verify::{NotTheSame, verify};
+use crate::worker::mailbox::{LaneMessage, Mailbox, PairLost};
+
+/// Bytes of a sector, virtio's unit.
+const SECTOR: u64 = 512;
+/// Looks at the namespace that are under way or wait for their turn; more would find nothing new.
+const LOOKS_MAX: usize = 8;
+
+/// One disk's namespace and those who have to know of its changes.
+pub(crate) struct NamespaceEvents {
+    disk: Arc<Disk>,
+    looks: Arc<Semaphore>,
+}
+
+struct Disk {
+    /// For the log.
+    name: String,
+    device: Arc<Device>,
+    lanes: Vec<Mailbox>,
+    /// Where it is told that an association cannot go on.
+    losses: mpsc::Sender<PairLost>,
+    known: Mutex<Known>,
+    /// Looks happen one after the other.
+    looking: tokio::sync::Mutex<()>,
+}
+
+/// What was last found.
+struct Known {
+    /// The namespace, never smaller than the guest's disk.
+    namespace: NamespaceInfo,
+    /// What was in the way when it was last looked at.
+    trouble: Option<Trouble>,
+}
+
+/// What is wrong with the namespace; logged when it changes.
+#[derive(Debug, PartialEq, Eq)]
+enum Trouble {
+    Gone,
+    Shrunk(u64),
+    WriteProtected,
+    Unusable,
+}
+
+impl NamespaceEvents {
+    /// Of a disk that a guest has, or will have, with this namespace.
+    pub(crate) fn new(
+        name: String,
+        device: Arc<Device>,
+        lanes: Vec<Mailbox>,
+        losses: mpsc::Sender<PairLost>,
+        namespace: NamespaceInfo,
+    ) -> Self {
+        Self {
+            disk: Arc::new(Disk {
+                name,
+                device,
+                lanes,
+                losses,
+                known: Mutex::new(Known {
+                    namespace,
+                    trouble: None,
+                }),
+                looking: tokio::sync::Mutex::default(),
+            }),
+            looks: Arc::new(Semaphore::new(LOOKS_MAX)),
+        }
+    }
+
+    /// The namespace as the guest has it: what takes its place must not be smaller.
+    pub(crate) fn namespace(&self) -> NamespaceInfo {
+        self.disk.known().namespace.clone()
+    }
+
+    /// Takes an event of an association of the disk, which has `number` there and the namespace under `nsid`. Does
+    /// not wait: what has to be looked at is looked at beside the caller.
+    pub(crate) fn take(
+        &self,
+        event: &HostEvent,
+        association: &Association,
+        number: u64,
+        nsid: u32,
+    ) {
+        let disk = &self.disk;
+        let at = association.controller().address;
+        match event {
+            HostEvent::Smart(_) | HostEvent::Error(_) => {
+                tracing::warn!(disk = disk.name, controller = %at, "{event}");
+            }
+            HostEvent::NamespacesChanged(changed) if !changed.has(nsid) => {
+                tracing::debug!(disk = disk.name, controller = %at, "{event}");
+            }
+            HostEvent::NamespacesChanged(_) => {
+                tracing::debug!(disk = disk.name, controller = %at, "{event}");
+                self.look(association.inquiry(), number, nsid);
+            }
+            HostEvent::Missed => {
+                tracing::warn!(disk = disk.name, controller = %at, "{event}; looking at everything");
+                self.look(association.inquiry(), number, nsid);
+            }
+            _ => tracing::info!(disk = disk.name, controller = %at, "{event}"),
+        }
+    }
+
+    fn look(&self, inquiry: Inquiry, number: u64, nsid: u32) {
+        // Those that wait will see what there is to see now.
+        let Ok(permit) = Arc::clone(&self.looks).try_acquire_owned() else {
+            return;
+        };
+        let disk = Arc::clone(&self.disk);
+        tokio::spawn(async move {
+            let one_by_one = disk.looking.lock().await;
+            disk.looked(inquiry.reidentify(nsid).await, number, nsid)
+                .await;
+            drop((one_by_one, permit));
+        });
+    }
+
+    /// A verified namespace of a new association: it may have grown meanwhile. To be called when the lanes know
+    /// of it.
+    pub(crate) async fn found(&self, namespace: &NamespaceInfo) {
+        self.disk.same(namespace).await;
+    }
+}
+
+impl Disk {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        // Every change is complete in itself.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Acts on what a look has found.
+    async fn looked(
+        &self,
+        found: Result<Option<NamespaceInfo>, HostError>,
+        number: u64,
+        nsid: u32,
+    ) {
+        let found = match found {
+            Ok(Some(found)) => found,
+            Ok(None) => {
+                if self.note(Some(Trouble::Gone)) {
+                    tracing::error!(
+                        disk = self.name,
+                        nsid,
+                        "the namespace is gone from its controller: requests fail until it is back"
+                    );
+                }
+                return;
+            }
+            Err(error @ HostError::UnusableNamespace { .. }) => {
+                if self.note(Some(Trouble::Unusable)) {
+                    tracing::error!(disk = self.name, nsid, "the namespace has changed: {error}");
+                }
+                self.give_up(number, error.to_string());
+                return;
+            }
+            // The association is lost, or about to be; the next one looks anyway.
+            Err(error) => {
+                tracing::warn!(disk = self.name, nsid, "the namespace has changed: {error}");
+                return;
+            }
+        };
+        let known = self.known().namespace.clone();
+        match verify(&known, &found) {
+            Ok(()) => self.same(&found).await,
+            Err(reason @ NotTheSame::Smaller { .. }) => {
+                if self.note(Some(Trouble::Shrunk(found.block_count))) {
+                    tracing::error!(
+                        disk = self.name,
+                        nsid,
+                        "the namespace has shrunk: {reason}; requests beyond its end fail"
+                    );
+                }
+            }
+            Err(reason) => {
+                tracing::error!(
+                    disk = self.name,
+                    nsid,
+                    "the namespace has changed: {reason}"
+                );
+                self.give_up(number, reason.to_string());
+            }
+        }
+    }
+
+    /// It is the namespace that the guest has, at least as large.
+    async fn same(&self, found: &NamespaceInfo) {
+        let trouble = found.write_protected.then_some(Trouble::WriteProtected);
+        let protected = trouble.is_some();
+        if self.note(trouble) {
+            if protected {
+                tracing::warn!(
+                    disk = self.name,
+                    "the namespace is write protected: writes fail"
+                );
+            } else {
+                tracing::info!(disk = self.name, "the namespace is as it was before");
+            }
+        }
+        let before = {
+            let mut known = self.known();
+            std::mem::replace(&mut known.namespace, found.clone()).block_count
+        };
+        if found.block_count > before {
+            self.grow(found, before).await;
+        }
+    }
+
+    /// Shows the guest a larger disk, once all lanes take requests for it.
+    async fn grow(&self, found: &NamespaceInfo, before: u64) {
+        for lane in &self.lanes {
+            let block_count = found.block_count;
+            lane.send(LaneMessage::Grow { block_count }).await;
+        }
+        let told = self.device.set_capacity(found.capacity() / SECTOR);
+        let reaches = match told {
+            true => "the VMM is told",
+            false => "the VMM sees it when it reads the configuration again",
+        };
+        tracing::info!(
+            disk = self.name,
+            blocks = found.block_count,
+            before,
+            "the namespace has grown: {reaches}"
+        );
+    }
+
+    /// Remembers what is in the way; true when that has changed.
+    fn note(&self, trouble: Option<Trouble>) -> bool {
+        let mut known = self.known();
+        let changed = known.trouble != trouble;
+        known.trouble = trouble;
+        changed
+    }
+
+    /// Has the association given up: its namespace ID means something else now.
+    fn give_up(&self, association: u64, cause: String) {
+        // A full channel has told of a loss before.
+        let _ = self.losses.try_send(PairLost { association, cause });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nvmf::spec::Status;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::bridge::geometry::{Choices, device_options};
+    use crate::bridge::samples::{controller, namespace};
+
+    const NUMBER: u64 = 7;
+    const BLOCKS: u64 = 2048;
+
+    struct Bench {
+        events: NamespaceEvents,
+        lane: mpsc::Receiver<LaneMessage>,
+        losses: mpsc::Receiver<PairLost>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let choices = Choices {
+                num_queues: 1,
+                serial: None,
+                read_only: false,
+            };
+            let namespace = found(BLOCKS);
+            let device = Device::new(device_options(&choices, &controller(), &namespace));
+            let (mailbox, lane) = Mailbox::new(16);
+            let (loss, losses) = mpsc::channel(1);
+            let events =
+                NamespaceEvents::new("disk".to_owned(), device, vec![mailbox], loss, namespace);
+            Self {
+                events,
+                lane,
+                losses,
+            }
+        }
+
+        async fn looked(&self, found: Result<Option<NamespaceInfo>, HostError>) {
+            self.events.disk.looked(found, NUMBER, 7).await;
+        }
+
+        fn capacity(&self) -> u64 {
+            self.events.disk.device.capacity()
+        }
+
+        /// Nothing was told to lanes, and no association was given up.
+        fn is_quiet(&mut self) -> bool {
+            self.lane.try_recv().is_err() && self.losses.try_recv().is_err()
+        }
+
+        fn trouble(&self) -> bool {
+            self.events.disk.known().trouble.is_some()
+        }
+    }
+
+    fn found(blocks: u64) -> NamespaceInfo {
+        NamespaceInfo {
+            uuid: Some(Uuid::from_u128(1)),
+            ..namespace(512, blocks * 512)
+        }
+    }
+
+    #[tokio::test]
+    async fn growth_is_told_to_the_lanes_before_the_guest() {
+        let mut bench = Bench::new();
+        bench.looked(Ok(Some(found(BLOCKS)))).await;
+        assert!(bench.is_quiet());
+        bench.looked(Ok(Some(found(3000)))).await;
+        let told = bench.lane.try_recv();
+        assert!(matches!(told, Ok(LaneMessage::Grow { block_count: 3000 })));
+        assert_eq!(bench.capacity(), 3000);
+        assert_eq!(bench.events.namespace().block_count, 3000);
+        bench.events.found(&found(4000)).await;
+        assert_eq!(bench.capacity(), 4000);
+    }
+
+    #[tokio::test]
+    async fn a_namespace_that_shrinks_or_goes_keeps_the_guests_disk_as_it_is_until_it_is_back() {
+        let mut bench = Bench::new();
+        for gone in [Some(found(100)), None] {
+            bench.looked(Ok(gone)).await;
+            assert!(bench.is_quiet() && bench.trouble());
+            assert_eq!(bench.capacity(), BLOCKS);
+            assert_eq!(bench.events.namespace().block_count, BLOCKS);
+            bench.looked(Ok(Some(found(BLOCKS)))).await;
+            assert!(bench.is_quiet() && !bench.trouble());
+        }
+        bench.looked(Ok(None)).await;
+        bench.looked(Ok(Some(found(BLOCKS + 1)))).await;
+        assert!(!bench.trouble());
+        assert_eq!(bench.capacity(), BLOCKS + 1);
+    }
+
+    #[tokio::test]
+    async fn an_association_whose_namespace_is_another_one_now_is_given_up() {
+        let other = NamespaceInfo {
+            uuid: Some(Uuid::from_u128(2)),
+            ..found(BLOCKS)
+        };
+        let reformatted = NamespaceInfo {
+            block_size: 4096,
+            ..found(BLOCKS)
+        };
+        let unusable = HostError::UnusableNamespace {
+            at: controller().address,
+            subnqn: String::new(),
+            nsid: 7,
+            reason: "metadata".to_owned(),
+        };
+        for found in [Ok(Some(other)), Ok(Some(reformatted)), Err(unusable)] {
+            let mut bench = Bench::new();
+            bench.looked(found).await;
+            let lost = bench.losses.try_recv().unwrap();
+            assert_eq!(lost.association, NUMBER);
+            assert!(bench.lane.try_recv().is_err());
+            assert_eq!(bench.capacity(), BLOCKS);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_question_that_fails_and_write_protection_change_nothing() {
+        let mut bench = Bench::new();
+        let failed = HostError::Command {
+            at: controller().address,
+            command: "Identify Namespace",
+            status: Status::INTERNAL_ERROR,
+        };
+        bench.looked(Err(failed)).await;
+        assert!(bench.is_quiet() && !bench.trouble());
+        let protected = NamespaceInfo {
+            write_protected: true,
+            ..found(BLOCKS)
+        };
+        bench.looked(Ok(Some(protected))).await;
+        assert!(bench.is_quiet() && bench.trouble());
+    }
+}
