@@ -5,6 +5,7 @@ mod connect;
 mod discovery;
 mod liveness;
 mod namespaces;
+mod referrals;
 
 use std::net::SocketAddr;
 
