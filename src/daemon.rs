@@ -9,7 +9,7 @@ use nvmf::transport::Registry;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::{AttachConfig, ExportConfig, Machine, ServeConfig};
+use crate::config::{AttachConfig, AttachPlan, ExportConfig, Machine, ServeConfig, Source};
 use crate::disk::Disk;
 use crate::export::Export;
 use crate::hints::VmmHints;
@@ -25,17 +25,19 @@ const END: Duration = Duration::from_millis(300);
 ///
 /// # Errors
 /// One line for the user; nothing is left behind.
-pub(crate) fn attach(config: &AttachConfig) -> Result<(), Box<dyn Error>> {
-    let (runtime, workers) = start(usize::from(config.host.nr_io_queues))?;
+pub(crate) fn attach(plan: &AttachPlan) -> Result<(), Box<dyn Error>> {
+    let host = plan.host();
+    let (runtime, workers) = start(usize::from(host.nr_io_queues))?;
     let result = runtime.block_on(async {
         let mut stop = Stop::new()?;
         // Listening comes first: a VMM that is quicker than the controller waits in the queue.
-        let (listener, path) = socket::listen(&config.socket_path)?;
+        let (listener, path) = socket::listen(plan.socket_path())?;
         let registry = Arc::new(Registry::with_defaults());
-        let disk = tokio::select! {
-            disk = Disk::attach(registry, config, &workers) => disk?,
+        let (disk, config) = tokio::select! {
+            found = find(registry, plan, &workers) => found?,
             () = stop.wait() => return Ok(()),
         };
+        tracing::info!(hostnqn = %host.hostnqn, hostid = %host.hostid, "this host");
         let hints = VmmHints {
             socket_path: path.path(),
             num_queues: config.num_queues,
@@ -47,6 +49,29 @@ pub(crate) fn attach(config: &AttachConfig) -> Result<(), Box<dyn Error>> {
     });
     end(runtime, workers);
     result
+}
+
+/// Attaches the disk by the first way that leads to it.
+async fn find(
+    registry: Arc<Registry>,
+    plan: &AttachPlan,
+    workers: &[Worker],
+) -> Result<(Disk, AttachConfig), Box<dyn Error>> {
+    let Source::Paths(paths) = &plan.source;
+    let mut last = None;
+    for (tried, target) in paths.iter().enumerate() {
+        let config = plan.config(target.clone());
+        match Disk::attach(Arc::clone(&registry), &config, workers).await {
+            Ok(disk) => return Ok((disk, config)),
+            Err(error) => {
+                if tried + 1 < paths.len() {
+                    tracing::warn!(path = %config.uri, "{error}; the next path is tried");
+                }
+                last = Some(error);
+            }
+        }
+    }
+    Err(last.map_or("there is no path".into(), Into::into))
 }
 
 /// Serves storage of this machine as a disk until a signal comes.

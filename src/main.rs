@@ -23,7 +23,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use cli::Invocation;
-use config::{AttachConfig, ExportConfig, Machine, ServeConfig};
+use config::{AttachPlan, ExportConfig, Machine, ServeConfig};
 
 fn main() -> ExitCode {
     match run() {
@@ -42,7 +42,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         Invocation::Print(text) => Ok(std::io::stdout().write_all(text.as_bytes())?),
         Invocation::Attach(log, args) => {
             logging::start(log);
-            daemon::attach(&AttachConfig::resolve(*args, &Machine::read()))
+            daemon::attach(&AttachPlan::resolve(*args, &Machine::read())?)
         }
         Invocation::Serve(log, args) => {
             logging::start(log);

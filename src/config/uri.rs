@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use nvmf::host::{NamespaceSelector, TargetAddress};
-use nvmf::spec::discovery::IO_PORT;
+use nvmf::spec::discovery::{DISCOVERY_PORT, IO_PORT};
 use nvmf::spec::nqn::{DISCOVERY_NQN, NqnError};
 use nvmf::spec::{NSID_ALL, Nqn};
 
@@ -29,6 +29,21 @@ pub(crate) struct DiscoveryUri {
     pub(crate) host: String,
     /// TCP port, when only that one is to be asked.
     pub(crate) port: Option<u16>,
+}
+
+impl DiscoveryUri {
+    /// Where the discovery controller may be: on the port that is given, else on those that are usual.
+    pub(crate) fn targets(&self) -> Vec<TargetAddress> {
+        let ports = self
+            .port
+            .map_or(vec![DISCOVERY_PORT, IO_PORT], |port| vec![port]);
+        let target = |port| TargetAddress {
+            host: self.host.clone(),
+            port,
+            subnqn: Nqn::discovery(),
+        };
+        ports.into_iter().map(target).collect()
+    }
 }
 
 /// Why a string is not the URI of a namespace, or of a host to ask.
@@ -163,6 +178,11 @@ fn ipv6(text: &str) -> Option<String> {
     }
 }
 
+/// A host name, an IPv4 address, or an IPv6 address without brackets.
+pub(crate) fn parse_host(text: &str) -> Option<String> {
+    ipv6(text).or_else(|| is_name(text).then(|| text.to_owned()))
+}
+
 fn is_name(host: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
     !host.is_empty() && host.len() <= 253 && host.bytes().all(allowed)
@@ -232,7 +252,7 @@ fn parse_subsystem(path: &str) -> Result<Nqn, UriError> {
     Ok(nqn)
 }
 
-fn parse_selector(query: &str) -> Result<NamespaceSelector, UriError> {
+pub(crate) fn parse_selector(query: &str) -> Result<NamespaceSelector, UriError> {
     let mut found = None;
     for pair in query.split('&') {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));

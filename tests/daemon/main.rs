@@ -22,6 +22,7 @@ mod data;
 mod efficiency;
 mod ending;
 mod faults;
+mod finding;
 mod local;
 mod malformed;
 mod outages;

@@ -33,7 +33,9 @@ const SHUTDOWN: Duration = Duration::from_millis(300);
 pub struct DiscoveryLog {
     /// The controller's address, the one of several that answered.
     pub address: SocketAddr,
-    /// The discovery subsystem, when it calls itself something else than it was asked for.
+    /// The discovery subsystem, as it was asked for.
+    pub subnqn: Nqn,
+    /// The same, when it calls itself something else.
     pub own_name: Option<Nqn>,
     /// The controller that referred to this one; `None` when it was asked for.
     pub referrer: Option<SocketAddr>,
@@ -54,45 +56,36 @@ pub struct Skipped {
     pub reason: String,
 }
 
-/// Asks the discovery controller of `host`, at the first of `ports` where one answers. All of it
-/// takes no longer than [`HostOptions::connect_timeout`]. Cancel-safe: dropping the future closes
-/// what it opened.
+/// Asks a discovery controller, at the first of `targets` where one answers. All of it takes no longer than
+/// [`HostOptions::connect_timeout`]. Cancel-safe: dropping the future closes what it opened.
 ///
 /// # Errors
-/// [`HostError`] is the reason as one line: of the address and port where most went well, the later
-/// one of equals.
+/// [`HostError`] is the reason as one line: of the address where most went well, the later one of equals.
 pub async fn discover(
     registry: &Registry,
-    host: &str,
-    ports: &[u16],
+    targets: &[TargetAddress],
     options: &HostOptions,
 ) -> Result<DiscoveryLog, HostError> {
     options.check()?;
     let end = Instant::now() + options.connect_timeout;
     let mut addresses = Vec::new();
-    for &port in ports {
-        let target = TargetAddress {
-            host: host.to_owned(),
-            port,
-            subnqn: Nqn::discovery(),
-        };
-        addresses.extend(target.resolve(end).await?);
+    for target in targets {
+        let resolved = target.resolve(end).await?.into_iter();
+        addresses.extend(resolved.map(|at| (at, target.subnqn.clone())));
     }
-    discover_over(&Tcp::new(registry, options), &addresses, host, options, end).await
+    discover_over(&Tcp::new(registry, options), &addresses, options, end).await
 }
 
 pub(super) async fn discover_over(
     dial: &impl Dial,
-    addresses: &[SocketAddr],
-    host: &str,
+    addresses: &[(SocketAddr, Nqn)],
     options: &HostOptions,
     end: Instant,
 ) -> Result<DiscoveryLog, HostError> {
     let mut best: Option<HostError> = None;
-    let subnqn = Nqn::discovery();
-    for (tried, &at) in addresses.iter().enumerate() {
+    for (tried, (at, subnqn)) in addresses.iter().enumerate() {
         let deadline = share(Instant::now(), end, addresses.len() - tried);
-        match ask(dial, at, &subnqn, options, deadline).await {
+        match ask(dial, *at, subnqn, options, deadline).await {
             Ok(log) => return Ok(log),
             Err(error) => {
                 tracing::debug!("{error}");
@@ -103,8 +96,8 @@ pub(super) async fn discover_over(
         }
     }
     Err(best.unwrap_or_else(|| HostError::Resolve {
-        host: host.to_owned(),
-        reason: "it has no address".to_owned(),
+        host: String::new(),
+        reason: "there is no discovery controller to ask".to_owned(),
     }))
 }
 

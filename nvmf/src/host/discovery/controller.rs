@@ -32,6 +32,7 @@ const READS_MAX: usize = 8;
 pub(super) struct DiscoveryController {
     admin: Admin,
     cc: Cc,
+    subnqn: Nqn,
     /// What it calls itself, when that is not what it was asked for.
     own_name: Option<Nqn>,
 }
@@ -64,6 +65,7 @@ impl DiscoveryController {
         Ok(Self {
             admin,
             cc,
+            subnqn: subnqn.clone(),
             own_name,
         })
     }
@@ -115,6 +117,7 @@ impl DiscoveryController {
         }
         let mut log = DiscoveryLog {
             address: at,
+            subnqn: self.subnqn.clone(),
             own_name: self.own_name.clone(),
             referrer: None,
             generation: header.genctr.get(),

@@ -58,11 +58,10 @@ impl Discovery {
 /// As [`discover`].
 pub async fn explore(
     registry: &Registry,
-    host: &str,
-    ports: &[u16],
+    targets: &[TargetAddress],
     options: &HostOptions,
 ) -> Result<Discovery, HostError> {
-    let first = discover(registry, host, ports, options).await?;
+    let first = discover(registry, targets, options).await?;
     Ok(follow(&Tcp::new(registry, options), first, options).await)
 }
 

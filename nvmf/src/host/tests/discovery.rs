@@ -73,7 +73,8 @@ async fn ask_at(
     addresses: &[SocketAddr],
 ) -> Result<DiscoveryLog, HostError> {
     let end = Instant::now() + SHORT * 4;
-    let log = discover_over(controller, addresses, "h", &options(), end).await;
+    let addresses: Vec<_> = addresses.iter().map(|&at| (at, Nqn::discovery())).collect();
+    let log = discover_over(controller, &addresses, &options(), end).await;
     if let Err(error) = &log {
         assert!(!error.to_string().contains('\n'), "{error}");
     }
@@ -82,7 +83,7 @@ async fn ask_at(
 
 #[tokio::test]
 async fn a_log_of_any_length_is_read_in_pages_after_identify() {
-    for count in [0, 1, 3, 4, 5, 9] {
+    for count in [0, 1, 3, 4, 5, 9, 1234] {
         let records: Vec<_> = (0..count)
             .map(|portid: u16| {
                 let mut record = record();
@@ -140,11 +141,14 @@ async fn a_log_that_changes_is_read_again_and_not_for_ever() {
 async fn nonsense_in_the_header_is_named() {
     let mut unknown = page(1, &[]);
     unknown[16] = 1;
+    let mut many = page(1, &[]);
+    many[8..16].copy_from_slice(&8193_u64.to_le_bytes());
     let mut huge = page(1, &[]);
     huge[8..16].fill(0xff);
     for (page, word) in [
         (unknown, "format 1"),
         (huge, "18446744073709551615 records"),
+        (many, "8193 records; 8192 is the most"),
         (vec![0; 100], "returned 100 of 1024"),
     ] {
         let controller = serving(move |_| Ok(page.clone()));

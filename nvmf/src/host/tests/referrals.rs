@@ -38,7 +38,7 @@ impl Fabric {
             ..options()
         };
         let end = Instant::now() + SHORT * 4;
-        let log = discover_over(self, &[first], "h", &options, end).await;
+        let log = discover_over(self, &[(first, Nqn::discovery())], &options, end).await;
         follow(self, log.unwrap(), &options).await
     }
 
