@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::config::ids::parse_uuid;
 use crate::config::uri::parse_selector;
-use crate::config::{DiscoveryUri, Serial, Spec, Uri};
+use crate::config::{DiscoveryUri, Locator, Serial, Spec, Uri};
 use crate::limits;
 use crate::logging::{LogFormat, LogOptions};
 
@@ -243,13 +243,15 @@ pub(crate) struct AttachArgs {
         value_parser = parse_selector
     )]
     pub(crate) namespace: Option<NamespaceSelector>,
-    /// nvme+tcp://HOST[:4420]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]
+    /// nvme+tcp://HOST[:4420]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G], or
+    /// nvme+tcp-discovery://HOST[:PORT]/[?nqn=PATTERN][&nsid=N | &uuid=U | &nguid=G] for what the host's discovery
+    /// controller, on port 8009 or else 4420, tells of the one subsystem whose NQN is of that pattern
     #[arg(
         value_name = "URI",
         required_unless_present = "config_fabrics",
         conflicts_with = "config_fabrics"
     )]
-    pub(crate) uri: Option<Uri>,
+    pub(crate) uri: Option<Locator>,
     /// Names of the options that are given.
     #[arg(skip)]
     pub(crate) given: BTreeSet<String>,
@@ -398,6 +400,12 @@ Examples:
   One of several, on another port of an IPv6 address, read-only:
     vhost-nvmf attach --socket-path /run/disk.sock --read-only \\
         'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'
+  Wherever discovery says that it is:
+    vhost-nvmf attach --socket-path /run/disk.sock \\
+        'nvme+tcp-discovery://storage.example/?nqn=*:disks&nsid=2'
+  As nvme-cli is configured:
+    vhost-nvmf attach --socket-path /run/disk.sock --config-fabrics /etc/nvme/nvme-fabrics.conf \\
+        --nqn nqn.2026-01.org.example:disks
   Over a network that is not trusted to keep bits as they are:
     vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks";

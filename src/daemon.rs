@@ -12,6 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::config::{AttachConfig, AttachPlan, ExportConfig, Machine, ServeConfig, Source};
 use crate::disk::Disk;
 use crate::export::Export;
+use crate::finding;
 use crate::hints::VmmHints;
 use crate::serve::Local;
 use crate::socket;
@@ -57,7 +58,16 @@ async fn find(
     plan: &AttachPlan,
     workers: &[Worker],
 ) -> Result<(Disk, AttachConfig), Box<dyn Error>> {
-    let Source::Paths(paths) = &plan.source;
+    let paths = match &plan.source {
+        Source::Paths(paths) => paths.clone(),
+        Source::Search(search) => {
+            let paths = finding::find(&registry, search, &plan.host()).await?;
+            for path in &paths {
+                tracing::info!(%search, %path, "found by discovery");
+            }
+            paths
+        }
+    };
     let mut last = None;
     for (tried, target) in paths.iter().enumerate() {
         let config = plan.config(target.clone());

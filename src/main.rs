@@ -6,6 +6,7 @@ mod config;
 mod daemon;
 mod disk;
 mod export;
+mod finding;
 mod hints;
 mod limits;
 mod logging;

@@ -4,6 +4,7 @@ pub(crate) mod fabrics_conf;
 pub(crate) mod fault;
 pub(crate) mod identity;
 pub(crate) mod ids;
+pub(crate) mod locator;
 pub(crate) mod plan;
 pub(crate) mod powercut;
 pub(crate) mod size;
@@ -27,6 +28,7 @@ use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
 use crate::reconnect::way_back::Patience;
 pub(crate) use identity::{HostIdentity, Machine};
 pub(crate) use ids::Serial;
+pub(crate) use locator::Locator;
 pub(crate) use plan::{AttachPlan, Source};
 pub(crate) use powercut::PowerCut;
 pub(crate) use spec::{BlockSize, Spec, Storage};
@@ -383,6 +385,7 @@ mod tests {
                 let plan = AttachPlan::resolve(*args, &Machine::default()).unwrap();
                 match &plan.source {
                     Source::Paths(paths) => plan.config(paths[0].clone()),
+                    Source::Search(search) => panic!("{search:?}"),
                 }
             }
             other => panic!("{other:?}"),

@@ -5,6 +5,7 @@ use std::path::Path;
 use nvmf::host::{HostOptions, NamespaceSelector, TargetAddress};
 
 use super::fabrics_conf::{Connection, FabricsConf, FileError, Settings};
+use super::locator::{Locator, Search};
 use super::{AttachConfig, HostIdentity, Machine, Uri, host_options};
 use crate::cli::AttachArgs;
 
@@ -24,6 +25,8 @@ pub(crate) struct AttachPlan {
 pub(crate) enum Source {
     /// At these addresses, at least one.
     Paths(Vec<TargetAddress>),
+    /// Where discovery tells.
+    Search(Search),
 }
 
 impl AttachPlan {
@@ -34,8 +37,14 @@ impl AttachPlan {
     pub(crate) fn resolve(mut args: AttachArgs, machine: &Machine) -> Result<Self, FileError> {
         let mut hostnqn = args.hostnqn.clone();
         let mut hostid = args.hostid;
-        let (targets, selector) = match (args.uri.take(), &args.config_fabrics) {
-            (Some(Uri { target, selector }), _) => (vec![target], selector),
+        let (source, selector) = match (args.uri.take(), &args.config_fabrics) {
+            (Some(Locator::Namespace(Uri { target, selector })), _) => {
+                (Source::Paths(vec![target]), selector)
+            }
+            (Some(Locator::Search(search)), _) => {
+                let selector = search.selector.clone();
+                (Source::Search(search), selector)
+            }
             (None, Some(path)) => {
                 let connection = FabricsConf::read(path)?.subsystem(args.nqn.as_ref())?;
                 let targets = connection.targets();
@@ -46,16 +55,16 @@ impl AttachPlan {
                     hostid = connection.hostid;
                 }
                 complete(&mut args, &connection);
-                (targets, selector)
+                (Source::Paths(targets), selector)
             }
             // The command line demands one of the two.
-            (None, None) => (Vec::new(), NamespaceSelector::Only),
+            (None, None) => (Source::Paths(Vec::new()), NamespaceSelector::Only),
         };
         Ok(Self {
             identity: HostIdentity::resolve(hostnqn, hostid, machine),
             args,
             selector,
-            source: Source::Paths(targets),
+            source,
         })
     }
 

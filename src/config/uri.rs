@@ -12,6 +12,8 @@ use nvmf::spec::{NSID_ALL, Nqn};
 use super::ids::{IdError, parse_nguid, parse_uuid};
 
 const SCHEME: &str = "nvme+tcp";
+/// Of what is found by asking a discovery controller.
+pub(super) const DISCOVERY_SCHEME: &str = "nvme+tcp-discovery";
 
 /// A remote namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,7 +52,10 @@ impl DiscoveryUri {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UriError {
     /// Not this scheme.
-    #[error("a URI begins with {SCHEME}://, as in {SCHEME}://HOST:4420/SUBNQN")]
+    #[error(
+        "a URI begins with {SCHEME}://, as in {SCHEME}://HOST:4420/SUBNQN; that of a disk to be found by discovery \
+         with {DISCOVERY_SCHEME}://"
+    )]
     Scheme,
     /// No host.
     #[error("there is no host; write {SCHEME}://HOST:4420/SUBNQN")]
@@ -87,6 +92,19 @@ pub(crate) enum UriError {
          without '{0}'"
     )]
     NotAlone(String),
+    /// A subsystem in the place of a pattern.
+    #[error(
+        "with {DISCOVERY_SCHEME}, write the subsystem as a pattern: {DISCOVERY_SCHEME}://HOST/?nqn={0}"
+    )]
+    NotAPattern(String),
+    /// Two patterns.
+    #[error("a disk is of one subsystem; keep one nqn=")]
+    TwoPatterns,
+    /// Bad pattern.
+    #[error(
+        "nqn={0}: write a subsystem's NQN, in which * is any text and ? any character, or leave it out"
+    )]
+    Pattern(String),
     /// A key that does not exist.
     #[error("'{0}' does not select a namespace; write ?nsid=N, ?uuid=U or ?nguid=G")]
     Key(String),
@@ -123,7 +141,7 @@ pub(crate) fn host_of_listener(local: SocketAddr, hostname: Option<&str>) -> Str
 }
 
 /// Host and port of `HOST[:PORT]`; an IPv6 address loses its brackets.
-fn parse_authority(authority: &str) -> Result<(String, Option<u16>), UriError> {
+pub(super) fn parse_authority(authority: &str) -> Result<(String, Option<u16>), UriError> {
     if authority.is_empty() {
         return Err(UriError::NoHost);
     }
@@ -282,7 +300,7 @@ pub(crate) fn parse_selector(query: &str) -> Result<NamespaceSelector, UriError>
     Ok(found.unwrap_or(NamespaceSelector::Only))
 }
 
-fn decode(text: &str) -> Result<String, UriError> {
+pub(super) fn decode(text: &str) -> Result<String, UriError> {
     let wrong = || UriError::Encoding(text.to_owned());
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

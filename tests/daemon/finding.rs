@@ -1,4 +1,4 @@
-//! How a disk is found: by nvme-cli's configuration file of connections.
+//! How a disk is found: by nvme-cli's configuration file of connections, and by discovery.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ const HOSTID: &str = "46ba5037-7ce5-41fa-9452-48477bf00080";
 
 /// A configuration file, and the directory that it is in.
 struct Conf {
-    directory: Directory,
+    _directory: Directory,
     path: PathBuf,
 }
 
@@ -20,7 +20,10 @@ impl Conf {
         let directory = Directory::new();
         let path = directory.path("nvme-fabrics.conf");
         std::fs::write(&path, text).expect("a file");
-        Self { directory, path }
+        Self {
+            _directory: directory,
+            path,
+        }
     }
 
     /// `attach` by this file.
@@ -33,17 +36,23 @@ impl Conf {
     /// What `attach` says that must fail.
     #[track_caller]
     fn refused(&self, args: &[&str]) -> String {
-        let socket = self.directory.path("disk.sock");
-        let socket = socket.to_str().expect("UTF-8");
         let path = self.path.to_str().expect("UTF-8");
-        let command = ["attach", "--log-level=error", "--socket-path", socket];
-        let file = ["--config-fabrics", path];
-        let mut attach = Process::start("attach", command.iter().chain(args).chain(&file));
-        assert!(!attach.wait(std::time::Duration::from_secs(20)).success());
-        let lines = attach.stderr();
-        assert_eq!(lines.len(), 1, "{lines:?}");
-        lines[0].clone()
+        refused(&[args, &["--config-fabrics", path]].concat())
     }
+}
+
+/// The one line of an `attach` that must fail.
+#[track_caller]
+fn refused(args: &[&str]) -> String {
+    let directory = Directory::new();
+    let socket = directory.path("disk.sock");
+    let socket = socket.to_str().expect("UTF-8");
+    let command = ["attach", "--log-level=error", "--socket-path", socket];
+    let mut attach = Process::start("attach", command.iter().chain(args));
+    assert!(!attach.wait(std::time::Duration::from_secs(20)).success());
+    let lines = attach.stderr();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    lines[0].clone()
 }
 
 /// The NQN and the port of an export.
@@ -120,5 +129,44 @@ fn a_file_with_a_fault_is_refused_before_anything_is_connected() {
     assert!(
         refused.contains(":3: there is no key 'queue-deep'"),
         "{refused}"
+    );
+}
+
+#[test]
+fn a_disk_is_attached_by_what_discovery_tells() {
+    let nqn = "nqn.2026-01.org.example:found";
+    let listen = [
+        "--listen",
+        "127.0.0.1:0",
+        "--subnqn",
+        nqn,
+        "--allow-host",
+        HOST,
+    ];
+    let export = Export::start_with(&listen, &["ram:8M", "ram:4M"]);
+    let controller = format!("nvme+tcp-discovery://{}/", export.address());
+    let host = ["--hostnqn", HOST];
+    for query in ["?nqn=*:fo?nd&nsid=2", "?nsid=2"] {
+        let mut attach = Attach::start_with(&host, &format!("{controller}{query}"));
+        let attached = attach.process.logged("namespace attached").remove(0);
+        assert_eq!(attached["nsid"], 2);
+        assert_eq!(attached["disk"], format!("{}?nsid=2", export.subsystem()));
+        let mut guest = FrontEnd::connect(&attach.socket);
+        assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+        attach.stop();
+    }
+    // What is told is told to hosts that may connect.
+    let none = refused(&[&controller]);
+    assert!(
+        none.contains("there is none") && none.contains("admits nqn."),
+        "{none}"
+    );
+    let query = format!("{controller}?nqn=*lost");
+    let none = refused(&[&host[..], &[&query]].concat());
+    assert!(none.contains("'*lost'") && none.contains(nqn), "{none}");
+    let nobody = refused(&["nvme+tcp-discovery://127.0.0.1:1"]);
+    assert!(
+        nobody.contains("by discovery") && nobody.contains("refused"),
+        "{nobody}"
     );
 }
