@@ -6,6 +6,7 @@
 mod controller;
 mod record;
 mod referrals;
+mod watch;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -24,6 +25,7 @@ pub use record::{Discovered, DiscoveredKind};
 #[cfg(test)]
 pub(super) use referrals::follow;
 pub use referrals::{Discovery, Unfollowed, explore};
+pub use watch::DiscoveryWatch;
 
 /// Longest wait for the controller's shutdown.
 const SHUTDOWN: Duration = Duration::from_millis(300);
@@ -68,12 +70,21 @@ pub async fn discover(
 ) -> Result<DiscoveryLog, HostError> {
     options.check()?;
     let end = Instant::now() + options.connect_timeout;
+    let addresses = resolve(targets, end).await?;
+    discover_over(&Tcp::new(registry, options), &addresses, options, end).await
+}
+
+/// All addresses of all targets, with the subsystem that each is asked for.
+async fn resolve(
+    targets: &[TargetAddress],
+    end: Instant,
+) -> Result<Vec<(SocketAddr, Nqn)>, HostError> {
     let mut addresses = Vec::new();
     for target in targets {
         let resolved = target.resolve(end).await?.into_iter();
         addresses.extend(resolved.map(|at| (at, target.subnqn.clone())));
     }
-    discover_over(&Tcp::new(registry, options), &addresses, options, end).await
+    Ok(addresses)
 }
 
 pub(super) async fn discover_over(
@@ -95,10 +106,15 @@ pub(super) async fn discover_over(
             }
         }
     }
-    Err(best.unwrap_or_else(|| HostError::Resolve {
-        host: String::new(),
-        reason: "there is no discovery controller to ask".to_owned(),
-    }))
+    Err(best.unwrap_or_else(nobody))
+}
+
+/// There is no address to ask at.
+fn nobody() -> HostError {
+    HostError::Resolve {
+        host: "of a discovery controller".to_owned(),
+        reason: "none was given".to_owned(),
+    }
 }
 
 /// One controller, from connecting to shutting down.
@@ -112,8 +128,9 @@ async fn ask(
     let begun = Instant::now();
     let work = async {
         let span = (begun, deadline);
-        let controller = DiscoveryController::connect(dial, at, subnqn, options, span).await?;
-        Ok((controller.read_log().await?, controller))
+        // It is over before any keep-alive could be due.
+        let controller = DiscoveryController::connect(dial, (at, subnqn), options, 0, span).await?;
+        Ok((controller.read_log(span).await?, controller))
     };
     // One that takes long to become ready gets no more time here.
     let (log, controller) = timeout_at(deadline, work).await.unwrap_or_else(|_| {

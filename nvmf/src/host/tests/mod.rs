@@ -6,6 +6,7 @@ mod discovery;
 mod liveness;
 mod namespaces;
 mod referrals;
+mod watch;
 
 use std::net::SocketAddr;
 
