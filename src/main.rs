@@ -12,6 +12,7 @@ mod limits;
 mod logging;
 mod metrics;
 mod reconnect;
+mod remembered;
 mod report;
 mod serve;
 mod show;
