@@ -1,5 +1,6 @@
 //! The command line: its spelling, its help, and its errors as one line.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -7,14 +8,20 @@ use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand, ValueEnum, value_parser};
+use clap::parser::ValueSource;
+use clap::{
+    ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum,
+    value_parser,
+};
+use nvmf::host::NamespaceSelector;
 use nvmf::spec::Nqn;
 use nvmf::spec::ana::AnaState;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
 use crate::config::ids::parse_uuid;
-use crate::config::{DiscoveryUri, Serial, Spec, Uri};
+use crate::config::uri::parse_selector;
+use crate::config::{DiscoveryUri, Locator, Serial, Spec, Uri};
 use crate::limits;
 use crate::logging::{LogFormat, LogOptions};
 use rates::RateArgs;
@@ -227,9 +234,33 @@ pub(crate) struct AttachArgs {
         value_parser = value_parser!(u32).range(limits::POLL_MAX_NS)
     )]
     pub(crate) poll_max_ns: u32,
-    /// nvme+tcp://HOST[:4420]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]
-    #[arg(value_name = "URI")]
-    pub(crate) uri: Uri,
+    /// Read from this file, of the form of nvme-cli's /etc/nvme/nvme-fabrics.conf, and from FILE.d/*.conf where the
+    /// subsystem is and how to connect; options given here win
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config_fabrics: Option<PathBuf>,
+    /// Subsystem of the file [default: the only one]
+    #[arg(long, value_name = "NQN", requires = "config_fabrics")]
+    pub(crate) nqn: Option<Nqn>,
+    /// Namespace of the file's subsystem: nsid=N, uuid=U or nguid=G [default: the only one]
+    #[arg(
+        long,
+        value_name = "SELECTOR",
+        requires = "config_fabrics",
+        value_parser = parse_selector
+    )]
+    pub(crate) namespace: Option<NamespaceSelector>,
+    /// nvme+tcp://HOST[:4420]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G], or
+    /// nvme+tcp-discovery://HOST[:PORT]/[?nqn=PATTERN][&nsid=N | &uuid=U | &nguid=G] for what the host's discovery
+    /// controller, on port 8009 or else 4420, tells of the one subsystem whose NQN is of that pattern
+    #[arg(
+        value_name = "URI",
+        required_unless_present = "config_fabrics",
+        conflicts_with = "config_fabrics"
+    )]
+    pub(crate) uri: Option<Locator>,
+    /// Names of the options that are given.
+    #[arg(skip)]
+    pub(crate) given: BTreeSet<String>,
 }
 
 /// Options of `serve`.
@@ -320,9 +351,20 @@ pub(crate) enum OutputFormat {
 pub(crate) struct DiscoverArgs {
     #[command(flatten)]
     pub(crate) show: ShowArgs,
+    /// Ask the host's discovery controller alone, and not those that it refers to
+    #[arg(long)]
+    pub(crate) no_referrals: bool,
+    /// Ask the discovery controllers of this file, of the form of nvme-cli's /etc/nvme/nvme-fabrics.conf, and of
+    /// FILE.d/*.conf
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config_fabrics: Option<PathBuf>,
     /// nvme+tcp://HOST[:PORT]; without a port, 8009 is tried, and then 4420
-    #[arg(value_name = "URI")]
-    pub(crate) uri: DiscoveryUri,
+    #[arg(
+        value_name = "URI",
+        required_unless_present = "config_fabrics",
+        conflicts_with = "config_fabrics"
+    )]
+    pub(crate) uri: Option<DiscoveryUri>,
 }
 
 /// Options of `identify` and `list-ns`.
@@ -368,6 +410,12 @@ Examples:
   One of several, on another port of an IPv6 address, read-only:
     vhost-nvmf attach --socket-path /run/disk.sock --read-only \\
         'nvme+tcp://[fd00::1]:4421/nqn.2026-01.org.example:disks?nsid=2'
+  Wherever discovery says that it is:
+    vhost-nvmf attach --socket-path /run/disk.sock \\
+        'nvme+tcp-discovery://storage.example/?nqn=*:disks&nsid=2'
+  As nvme-cli is configured:
+    vhost-nvmf attach --socket-path /run/disk.sock --config-fabrics /etc/nvme/nvme-fabrics.conf \\
+        --nqn nqn.2026-01.org.example:disks
   Over a network that is not trusted to keep bits as they are:
     vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks
@@ -433,9 +481,18 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
         .iter()
         .skip(1)
         .find_map(|arg| SUBCOMMANDS.into_iter().find(|name| arg == name));
-    match CommandLine::try_parse_from(args).and_then(CommandLine::check) {
-        Ok(CommandLine { log, command, .. }) => Ok(match command {
-            Command::Attach(args) => Invocation::Attach(log.options(LogLevel::Info), args),
+    let read = CommandLine::command()
+        .try_get_matches_from(args)
+        .and_then(|matches| Ok((CommandLine::from_arg_matches(&matches)?.check()?, matches)));
+    match read {
+        Ok((CommandLine { log, command, .. }, matches)) => Ok(match command {
+            Command::Attach(mut args) => {
+                args.given = matches
+                    .subcommand_matches("attach")
+                    .map(given)
+                    .unwrap_or_default();
+                Invocation::Attach(log.options(LogLevel::Info), args)
+            }
             Command::Serve(args) => Invocation::Serve(log.options(LogLevel::Info), args),
             Command::Export(args) => Invocation::Export(log.options(LogLevel::Info), args),
             Command::Discover(args) => log.show(Question::Discover(args)),
@@ -454,6 +511,14 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             _ => Err(UsageError(one_line(&error, subcommand))),
         },
     }
+}
+
+/// The options that were written, and not left to their defaults.
+fn given(matches: &ArgMatches) -> BTreeSet<String> {
+    let ids = matches.ids().map(|id| id.as_str());
+    ids.filter(|id| matches.value_source(id) == Some(ValueSource::CommandLine))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// The message of a [`clap::Error`], which has several lines, as one.

@@ -11,9 +11,10 @@ use nvmf::transport::Registry;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::{AttachConfig, ExportConfig, Machine, ServeConfig};
+use crate::config::{AttachConfig, AttachPlan, ExportConfig, Machine, ServeConfig, Source};
 use crate::disk::Disk;
 use crate::export::Export;
+use crate::finding;
 use crate::hints::VmmHints;
 use crate::serve::Local;
 use crate::socket;
@@ -27,17 +28,19 @@ const END: Duration = Duration::from_millis(300);
 ///
 /// # Errors
 /// One line for the user; nothing is left behind.
-pub(crate) fn attach(config: &AttachConfig) -> Result<(), Box<dyn Error>> {
-    let (runtime, workers) = start(usize::from(config.host.nr_io_queues))?;
+pub(crate) fn attach(plan: &AttachPlan) -> Result<(), Box<dyn Error>> {
+    let host = plan.host();
+    let (runtime, workers) = start(usize::from(host.nr_io_queues))?;
     let result = runtime.block_on(async {
         let mut stop = Stop::new()?;
         // Listening comes first: a VMM that is quicker than the controller waits in the queue.
-        let (listener, path) = socket::listen(&config.socket_path)?;
+        let (listener, path) = socket::listen(plan.socket_path())?;
         let registry = Arc::new(Registry::with_defaults());
-        let disk = tokio::select! {
-            disk = Disk::attach(registry, config, &workers) => disk?,
+        let (disk, config) = tokio::select! {
+            found = find(registry, plan, &workers) => found?,
             () = stop.wait() => return Ok(()),
         };
+        tracing::info!(hostnqn = %host.hostnqn, hostid = %host.hostid, "this host");
         let hints = VmmHints {
             socket_path: path.path(),
             num_queues: config.num_queues,
@@ -49,6 +52,38 @@ pub(crate) fn attach(config: &AttachConfig) -> Result<(), Box<dyn Error>> {
     });
     end(runtime, workers);
     result
+}
+
+/// Attaches the disk by the first way that leads to it.
+async fn find(
+    registry: Arc<Registry>,
+    plan: &AttachPlan,
+    workers: &[Worker],
+) -> Result<(Disk, AttachConfig), Box<dyn Error>> {
+    let paths = match &plan.source {
+        Source::Paths(paths) => paths.clone(),
+        Source::Search(search) => {
+            let paths = finding::find(&registry, search, &plan.host()).await?;
+            for path in &paths {
+                tracing::info!(%search, %path, "found by discovery");
+            }
+            paths
+        }
+    };
+    let mut last = None;
+    for (tried, target) in paths.iter().enumerate() {
+        let config = plan.config(target.clone());
+        match Disk::attach(Arc::clone(&registry), &config, workers).await {
+            Ok(disk) => return Ok((disk, config)),
+            Err(error) => {
+                if tried + 1 < paths.len() {
+                    tracing::warn!(path = %config.uri, "{error}; the next path is tried");
+                }
+                last = Some(error);
+            }
+        }
+    }
+    Err(last.map_or("there is no path".into(), Into::into))
 }
 
 /// Serves storage of this machine as a disk until a signal comes.

@@ -6,12 +6,14 @@ mod config;
 mod daemon;
 mod disk;
 mod export;
+mod finding;
 mod hints;
 mod limits;
 mod logging;
 mod metrics;
 mod namespace_events;
 mod reconnect;
+mod remembered;
 mod report;
 mod serve;
 mod show;
@@ -24,7 +26,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use cli::Invocation;
-use config::{AttachConfig, ExportConfig, Machine, ServeConfig};
+use config::{AttachPlan, ExportConfig, Machine, ServeConfig};
 
 fn main() -> ExitCode {
     match run() {
@@ -43,7 +45,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         Invocation::Print(text) => Ok(std::io::stdout().write_all(text.as_bytes())?),
         Invocation::Attach(log, args) => {
             logging::start(log);
-            daemon::attach(&AttachConfig::resolve(*args, &Machine::read()))
+            daemon::attach(&AttachPlan::resolve(*args, &Machine::read())?)
         }
         Invocation::Serve(log, args) => {
             logging::start(log);

@@ -95,6 +95,7 @@ fn help_and_version_are_printed_and_are_no_failure() {
                 "Examples:",
                 "--socket-path",
                 "--keep-alive-tmo",
+                "--config-fabrics",
                 "--hdr-digest",
                 "--data-digest",
                 "--iops-burst",
@@ -517,6 +518,49 @@ fn discover_lists_what_can_be_attached() {
         "{table}"
     );
     assert_eq!(export.terminate().code(), Some(0));
+}
+
+#[test]
+fn discover_asks_every_discovery_controller_of_a_file() {
+    let export = Export::start(&[], &["ram:1M"]);
+    let directory = Directory::new();
+    let path = directory.path("f.conf");
+    let section = |port: &str| {
+        format!(
+            "[Discovery Controller]\ncontroller = transport=tcp;traddr=127.0.0.1;trsvcid={port}\n"
+        )
+    };
+    let write = |text: &str| std::fs::write(&path, text).expect("a file");
+    let args = [
+        "discover",
+        "--config-fabrics",
+        path.to_str().expect("UTF-8"),
+    ];
+    write(&(section("1") + &section(export.port())));
+    let logs = json(&args);
+    let [dead, alive] = logs.as_array().expect("one for each").as_slice() else {
+        panic!("not two: {logs}")
+    };
+    assert!(
+        dead["error"]
+            .as_str()
+            .is_some_and(|it| it.contains("refused")),
+        "{dead}"
+    );
+    assert_eq!(alive["records"][0]["subnqn"], NQN);
+    assert_eq!(
+        (&alive["referrals"], &alive["unfollowed"]),
+        (&serde_json::json!([]), &serde_json::json!([]))
+    );
+    // None answers, or there is none.
+    write(&section("1"));
+    refused(args, &["127.0.0.1:1", "refused"]);
+    write("[Host]\n");
+    refused(args, &["f.conf", "[Discovery Controller]"]);
+    refused(
+        args.iter().chain(&["nvme+tcp://h"]),
+        &["--config-fabrics", "URI"],
+    );
 }
 
 #[test]

@@ -81,8 +81,8 @@ impl Machine {
 
 impl HostIdentity {
     /// What was asked for, else what `/etc/nvme` says, else names derived from the machine, else new
-    /// ones with a line in the log. Where only one of the two names is known, the other follows
-    /// from it: a controller may refuse one identifier under two names.
+    /// ones with a line in the log. Where only one of the two names is known, the other is the one that
+    /// `/etc/nvme` has beside it, or follows from it: a controller may refuse one identifier under two names.
     pub(crate) fn resolve(nqn: Option<Nqn>, id: Option<Uuid>, machine: &Machine) -> Self {
         let (nqn, id) = if nqn.is_some() || id.is_some() {
             (nqn, id)
@@ -92,11 +92,20 @@ impl HostIdentity {
         match (nqn, id) {
             (Some(nqn), Some(id)) => Self { nqn, id },
             (Some(nqn), None) => {
-                let id = uuid_of(&nqn)
+                let beside = machine.nvme_hostnqn.as_ref() == Some(&nqn);
+                let id = machine.nvme_hostid.filter(|_| beside);
+                let id = id
+                    .or_else(|| uuid_of(&nqn))
                     .unwrap_or_else(|| Uuid::new_v5(&NAME_SPACE, nqn.as_str().as_bytes()));
                 Self { nqn, id }
             }
-            (None, Some(id)) => Self::of(id),
+            (None, Some(id)) => match &machine.nvme_hostnqn {
+                Some(nqn) if machine.nvme_hostid.is_none_or(|beside| beside == id) => {
+                    let nqn = nqn.clone();
+                    Self { nqn, id }
+                }
+                _ => Self::of(id),
+            },
             (None, None) => Self::of(machine.derive(b"host").unwrap_or_else(|| {
                 let id = Uuid::new_v4();
                 tracing::warn!(
@@ -196,6 +205,35 @@ mod tests {
         let first = named("nqn.2026-01.org.example:a");
         assert_eq!(first, named("nqn.2026-01.org.example:a"));
         assert_ne!(first, named("nqn.2026-01.org.example:b"));
+    }
+
+    #[test]
+    fn the_name_that_is_left_out_is_the_one_beside_it_if_there_is_one() {
+        let (a, b) = (nqn("nqn.2026-01.org.example:a"), Uuid::from_u128(2));
+        let machine = Machine {
+            nvme_hostnqn: Some(a.clone()),
+            nvme_hostid: Some(b),
+            ..machine()
+        };
+        let both = HostIdentity {
+            nqn: a.clone(),
+            id: b,
+        };
+        assert_eq!(HostIdentity::resolve(Some(a.clone()), None, &machine), both);
+        assert_eq!(HostIdentity::resolve(None, Some(b), &machine), both);
+        // Others have nothing to do with it.
+        let other = Uuid::from_u128(3);
+        let host = HostIdentity::resolve(None, Some(other), &machine);
+        assert_eq!(host.nqn, Nqn::from_uuid(other));
+        let host = HostIdentity::resolve(Some(nqn("nqn.2026-01.org.example:c")), None, &machine);
+        assert_ne!(host.id, b);
+        // A name without an identifier takes one.
+        let machine = Machine {
+            nvme_hostid: None,
+            ..machine
+        };
+        let host = HostIdentity::resolve(None, Some(other), &machine);
+        assert_eq!((host.nqn, host.id), (a, other));
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! What the daemon is to do, checked: a value of these types can be acted on as it is.
 
+pub(crate) mod fabrics_conf;
 pub(crate) mod fault;
 pub(crate) mod identity;
 pub(crate) mod ids;
+pub(crate) mod locator;
+pub(crate) mod plan;
 pub(crate) mod powercut;
 pub(crate) mod size;
 pub(crate) mod spec;
@@ -27,6 +30,8 @@ use crate::reconnect::way_back::Patience;
 use crate::worker::throttle::Rates;
 pub(crate) use identity::{HostIdentity, Machine};
 pub(crate) use ids::Serial;
+pub(crate) use locator::Locator;
+pub(crate) use plan::{AttachPlan, Source};
 pub(crate) use powercut::PowerCut;
 pub(crate) use size::Size;
 pub(crate) use spec::{BlockSize, Spec, Storage};
@@ -35,8 +40,6 @@ pub(crate) use uri::{DiscoveryUri, Uri, host_of_listener};
 /// One remote namespace to serve as a disk.
 #[derive(Debug, Clone)]
 pub(crate) struct AttachConfig {
-    /// Where the VMM connects.
-    pub(crate) socket_path: PathBuf,
     /// Queues on offer to the guest.
     pub(crate) num_queues: u16,
     /// Serial, when it is not to follow from the namespace.
@@ -161,11 +164,9 @@ pub(crate) enum ConfigError {
 }
 
 impl AttachConfig {
-    /// Fills in what the command line left open.
-    pub(crate) fn resolve(args: AttachArgs, machine: &Machine) -> Self {
-        let HostIdentity { nqn, id } = HostIdentity::resolve(args.hostnqn, args.hostid, machine);
+    /// A namespace, attached as the options say.
+    pub(crate) fn new(args: &AttachArgs, identity: &HostIdentity, uri: Uri) -> Self {
         Self {
-            socket_path: args.disk.socket_path,
             num_queues: args.disk.num_queues,
             serial: args.disk.serial,
             read_only: args.disk.read_only,
@@ -177,16 +178,22 @@ impl AttachConfig {
                 ctrl_loss: limited(args.ctrl_loss_tmo),
                 fast_io_fail: limited(args.fast_io_fail_tmo),
             },
-            host: HostOptions {
-                nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
-                queue_size: args.queue_size,
-                keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
-                hdr_digest: args.hdr_digest,
-                data_digest: args.data_digest,
-                ..HostOptions::new(nqn, id)
-            },
-            uri: args.uri,
+            host: host_options(args, identity),
+            uri,
         }
+    }
+}
+
+/// Who connects, and with what queues.
+fn host_options(args: &AttachArgs, identity: &HostIdentity) -> HostOptions {
+    let HostIdentity { nqn, id } = identity.clone();
+    HostOptions {
+        nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
+        queue_size: args.queue_size,
+        keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
+        hdr_digest: args.hdr_digest,
+        data_digest: args.data_digest,
+        ..HostOptions::new(nqn, id)
     }
 }
 
@@ -386,7 +393,13 @@ mod tests {
 
     fn attach(args: &[&str]) -> AttachConfig {
         match command_line(&[&["attach", "--socket-path", "/s", URI], args].concat()) {
-            Invocation::Attach(_, args) => AttachConfig::resolve(*args, &Machine::default()),
+            Invocation::Attach(_, args) => {
+                let plan = AttachPlan::resolve(*args, &Machine::default()).unwrap();
+                match &plan.source {
+                    Source::Paths(paths) => plan.config(paths[0].clone()),
+                    Source::Search(search) => panic!("{search:?}"),
+                }
+            }
             other => panic!("{other:?}"),
         }
     }

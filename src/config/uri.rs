@@ -5,13 +5,15 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use nvmf::host::{NamespaceSelector, TargetAddress};
-use nvmf::spec::discovery::IO_PORT;
+use nvmf::spec::discovery::{DISCOVERY_PORT, IO_PORT};
 use nvmf::spec::nqn::{DISCOVERY_NQN, NqnError};
 use nvmf::spec::{NSID_ALL, Nqn};
 
 use super::ids::{IdError, parse_nguid, parse_uuid};
 
 const SCHEME: &str = "nvme+tcp";
+/// Of what is found by asking a discovery controller.
+pub(super) const DISCOVERY_SCHEME: &str = "nvme+tcp-discovery";
 
 /// A remote namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,11 +33,29 @@ pub(crate) struct DiscoveryUri {
     pub(crate) port: Option<u16>,
 }
 
+impl DiscoveryUri {
+    /// Where the discovery controller may be: on the port that is given, else on those that are usual.
+    pub(crate) fn targets(&self) -> Vec<TargetAddress> {
+        let ports = self
+            .port
+            .map_or(vec![DISCOVERY_PORT, IO_PORT], |port| vec![port]);
+        let target = |port| TargetAddress {
+            host: self.host.clone(),
+            port,
+            subnqn: Nqn::discovery(),
+        };
+        ports.into_iter().map(target).collect()
+    }
+}
+
 /// Why a string is not the URI of a namespace, or of a host to ask.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UriError {
     /// Not this scheme.
-    #[error("a URI begins with {SCHEME}://, as in {SCHEME}://HOST:4420/SUBNQN")]
+    #[error(
+        "a URI begins with {SCHEME}://, as in {SCHEME}://HOST:4420/SUBNQN; that of a disk to be found by discovery \
+         with {DISCOVERY_SCHEME}://"
+    )]
     Scheme,
     /// No host.
     #[error("there is no host; write {SCHEME}://HOST:4420/SUBNQN")]
@@ -72,6 +92,19 @@ pub(crate) enum UriError {
          without '{0}'"
     )]
     NotAlone(String),
+    /// A subsystem in the place of a pattern.
+    #[error(
+        "with {DISCOVERY_SCHEME}, write the subsystem as a pattern: {DISCOVERY_SCHEME}://HOST/?nqn={0}"
+    )]
+    NotAPattern(String),
+    /// Two patterns.
+    #[error("a disk is of one subsystem; keep one nqn=")]
+    TwoPatterns,
+    /// Bad pattern.
+    #[error(
+        "nqn={0}: write a subsystem's NQN, in which * is any text and ? any character, or leave it out"
+    )]
+    Pattern(String),
     /// A key that does not exist.
     #[error("'{0}' does not select a namespace; write ?nsid=N, ?uuid=U or ?nguid=G")]
     Key(String),
@@ -108,7 +141,7 @@ pub(crate) fn host_of_listener(local: SocketAddr, hostname: Option<&str>) -> Str
 }
 
 /// Host and port of `HOST[:PORT]`; an IPv6 address loses its brackets.
-fn parse_authority(authority: &str) -> Result<(String, Option<u16>), UriError> {
+pub(super) fn parse_authority(authority: &str) -> Result<(String, Option<u16>), UriError> {
     if authority.is_empty() {
         return Err(UriError::NoHost);
     }
@@ -161,6 +194,11 @@ fn ipv6(text: &str) -> Option<String> {
         Some(zone) if is_name(zone) => Some(format!("{address}%{zone}")),
         Some(_) => None,
     }
+}
+
+/// A host name, an IPv4 address, or an IPv6 address without brackets.
+pub(crate) fn parse_host(text: &str) -> Option<String> {
+    ipv6(text).or_else(|| is_name(text).then(|| text.to_owned()))
 }
 
 fn is_name(host: &str) -> bool {
@@ -232,7 +270,7 @@ fn parse_subsystem(path: &str) -> Result<Nqn, UriError> {
     Ok(nqn)
 }
 
-fn parse_selector(query: &str) -> Result<NamespaceSelector, UriError> {
+pub(crate) fn parse_selector(query: &str) -> Result<NamespaceSelector, UriError> {
     let mut found = None;
     for pair in query.split('&') {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -262,7 +300,7 @@ fn parse_selector(query: &str) -> Result<NamespaceSelector, UriError> {
     Ok(found.unwrap_or(NamespaceSelector::Only))
 }
 
-fn decode(text: &str) -> Result<String, UriError> {
+pub(super) fn decode(text: &str) -> Result<String, UriError> {
     let wrong = || UriError::Encoding(text.to_owned());
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -14,6 +14,7 @@ use serde_json::Value;
 use tokio::runtime::Builder;
 
 use crate::cli::{OutputFormat, Question, ShowArgs};
+use crate::config::fabrics_conf::FileError;
 use crate::config::{HostIdentity, Machine};
 use crate::daemon;
 
@@ -26,6 +27,12 @@ pub(crate) enum ShowError {
     /// The controller, or the way to it.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The file that names who is asked.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Nobody to ask.
+    #[error("there is nobody to ask; give a URI or --config-fabrics")]
+    Nothing,
     /// None of the usual ports.
     #[error("no discovery on ports {DISCOVERY_PORT} and {IO_PORT} of {host}: {error}")]
     NoDiscovery {
@@ -52,8 +59,8 @@ pub(crate) fn show(question: Question, machine: &Machine) -> Result<(), Box<dyn 
     let answer = runtime.block_on(async {
         match question {
             Question::Discover(args) => {
-                let (host, format) = resolve(args.show, machine);
-                let shown = discover::discover(&registry, &args.uri, &host).await?;
+                let shown = discover::discover(&registry, &args, machine).await?;
+                let format = args.show.output_format;
                 Ok((shown, format))
             }
             Question::Identify(args) => {

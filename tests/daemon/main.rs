@@ -24,6 +24,7 @@ mod data;
 mod efficiency;
 mod ending;
 mod faults;
+mod finding;
 mod growth;
 mod local;
 mod malformed;

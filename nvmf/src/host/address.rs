@@ -60,7 +60,7 @@ impl TargetAddress {
     }
 
     /// The address itself, when no resolver is needed. An IPv6 address may have a numeric scope.
-    fn literal(&self) -> Option<SocketAddr> {
+    pub(super) fn literal(&self) -> Option<SocketAddr> {
         if let Ok(ip) = self.host.parse() {
             return Some(SocketAddr::new(ip, self.port));
         }

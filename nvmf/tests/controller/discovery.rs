@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nvmf::controller::{Limits, Port, Subsystem, Target};
-use nvmf::host::HostOptions;
 use nvmf::host::discovery::{Discovered, DiscoveredKind, DiscoveryLog, discover};
+use nvmf::host::{HostOptions, TargetAddress};
 use nvmf::spec::discovery::{DiscoveryHeader, DiscoveryRecord, RECORD_LEN, eflags, subtype, treq};
 use nvmf::spec::fabrics::{Connect, ConnectData, connect_offset, invalid_parameter};
 use nvmf::spec::identify::{IDENTIFY_LEN, IdentifyController, cns};
@@ -53,15 +53,13 @@ async fn whole_log(queue: &mut Queue, len: usize) -> Vec<u8> {
 
 async fn ask(rig: &Rig, hostnqn: &str) -> DiscoveryLog {
     let options = HostOptions::new(Nqn::new(hostnqn).unwrap(), Uuid::from_bytes(HOSTID));
-    let host = rig.address.ip().to_string();
-    discover(
-        &Registry::with_defaults(),
-        &host,
-        &[rig.address.port()],
-        &options,
-    )
-    .await
-    .unwrap()
+    let target = TargetAddress {
+        host: rig.address.ip().to_string(),
+        port: rig.address.port(),
+        subnqn: Nqn::discovery(),
+    };
+    let registry = Registry::with_defaults();
+    discover(&registry, &[target], &options).await.unwrap()
 }
 
 fn of_kind(log: &DiscoveryLog, kind: DiscoveredKind) -> Vec<&Discovered> {

@@ -14,7 +14,7 @@ use crate::spec::opcode::{admin, fabrics};
 use crate::spec::property::Cap;
 use crate::spec::{Status, trtype};
 
-fn record() -> DiscoveryRecord {
+pub(super) fn record() -> DiscoveryRecord {
     let mut record = DiscoveryRecord::new_zeroed();
     record.trtype = trtype::TCP;
     record.adrfam = adrfam::IPV4;
@@ -27,7 +27,7 @@ fn record() -> DiscoveryRecord {
     record
 }
 
-fn page(generation: u64, records: &[DiscoveryRecord]) -> Vec<u8> {
+pub(super) fn page(generation: u64, records: &[DiscoveryRecord]) -> Vec<u8> {
     let mut header = DiscoveryHeader::new_zeroed();
     header.genctr = generation.into();
     header.numrec = (records.len() as u64).into();
@@ -39,7 +39,7 @@ fn page(generation: u64, records: &[DiscoveryRecord]) -> Vec<u8> {
 }
 
 /// Serves the log that `log` makes for each command, which may also answer with a status.
-fn serving(
+pub(super) fn serving(
     mut log: impl FnMut(GetLogPage) -> Result<Vec<u8>, Status> + Send + 'static,
 ) -> Scripted {
     Scripted::new()
@@ -73,7 +73,8 @@ async fn ask_at(
     addresses: &[SocketAddr],
 ) -> Result<DiscoveryLog, HostError> {
     let end = Instant::now() + SHORT * 4;
-    let log = discover_over(controller, addresses, "h", &options(), end).await;
+    let addresses: Vec<_> = addresses.iter().map(|&at| (at, Nqn::discovery())).collect();
+    let log = discover_over(controller, &addresses, &options(), end).await;
     if let Err(error) = &log {
         assert!(!error.to_string().contains('\n'), "{error}");
     }
@@ -82,7 +83,7 @@ async fn ask_at(
 
 #[tokio::test]
 async fn a_log_of_any_length_is_read_in_pages_after_identify() {
-    for count in [0, 1, 3, 4, 5, 9] {
+    for count in [0, 1, 3, 4, 5, 9, 1234] {
         let records: Vec<_> = (0..count)
             .map(|portid: u16| {
                 let mut record = record();
@@ -140,11 +141,14 @@ async fn a_log_that_changes_is_read_again_and_not_for_ever() {
 async fn nonsense_in_the_header_is_named() {
     let mut unknown = page(1, &[]);
     unknown[16] = 1;
+    let mut many = page(1, &[]);
+    many[8..16].copy_from_slice(&8193_u64.to_le_bytes());
     let mut huge = page(1, &[]);
     huge[8..16].fill(0xff);
     for (page, word) in [
         (unknown, "format 1"),
         (huge, "18446744073709551615 records"),
+        (many, "8193 records; 8192 is the most"),
         (vec![0; 100], "returned 100 of 1024"),
     ] {
         let controller = serving(move |_| Ok(page.clone()));
@@ -161,10 +165,10 @@ async fn records_without_sense_are_skipped_and_the_others_count() {
     type Change = fn(&mut DiscoveryRecord);
     let bad: [(Change, &str); 5] = [
         (|it| it.subtype = 9, "type 9"),
-        (|it| it.subnqn = [b'n'; 256], "NQN"),
+        (|it| it.subnqn = [b'n'; 256], "nnn…\": the NQN"),
         (|it| it.subnqn[0] = 0, "NQN"),
-        (|it| it.traddr[3] = 0x1b, "address"),
-        (|it| it.trsvcid[1] = 0xe4, "port"),
+        (|it| it.traddr[3] = 0x1b, r#"address "192\x1b0.2.1""#),
+        (|it| it.trsvcid[1] = 0xe4, r#"port "4\xe420""#),
     ];
     let mut records = vec![record()];
     for (change, _) in bad {
@@ -186,7 +190,7 @@ async fn records_without_sense_are_skipped_and_the_others_count() {
 #[tokio::test]
 async fn a_target_comes_of_what_can_be_attached_and_a_reason_of_what_cannot() {
     type Change = fn(&mut DiscoveryRecord);
-    let good: [(Change, &str); 3] = [
+    let good: [(Change, &str); 5] = [
         (|_| {}, "nvme+tcp://192.0.2.1:4420/"),
         (
             |it| {
@@ -200,14 +204,25 @@ async fn a_target_comes_of_what_can_be_attached_and_a_reason_of_what_cannot() {
             "nvme+tcp://[2001:db8::1]:1/",
         ),
         (
+            |it| {
+                it.traddr[..16].copy_from_slice(b"::ffff:192.0.2.1");
+                it.adrfam = adrfam::IPV6;
+            },
+            "nvme+tcp://192.0.2.1:4420/",
+        ),
+        // A discovery controller to ask.
+        (
+            |it| it.subtype = subtype::REFERRAL,
+            "nvme+tcp://192.0.2.1:4420/",
+        ),
+        (
             // Possible, and not required.
             |it| it.tsas[0] = 2,
             "nvme+tcp://192.0.2.1:4420/",
         ),
     ];
-    let bad: [(Change, &str); 11] = [
+    let bad: [(Change, &str); 10] = [
         (|it| it.trtype = 1, "transport type 1"),
-        (|it| it.subtype = subtype::REFERRAL, "discovery"),
         (|it| it.subtype = subtype::CURRENT, "discovery"),
         (
             |it| it.subnqn = Nqn::discovery().to_field(),

@@ -8,6 +8,8 @@ mod events;
 mod lies;
 mod liveness;
 mod namespaces;
+mod referrals;
+mod watch;
 
 use std::net::SocketAddr;
 
