@@ -142,7 +142,9 @@ impl Shelf {
                     _ => pair.respond(tag, Cqe::new(0, Status::INVALID_OPCODE)),
                 }
             }
-            ControllerEvent::Fetched { tag, sink, result } => {
+            ControllerEvent::Fetched {
+                tag, sink, result, ..
+            } => {
                 if let Err(status) = result {
                     return pair.respond(tag, Cqe::new(0, status));
                 }

@@ -275,7 +275,9 @@ fn write_cut(
                     }
                 }
                 ControllerEvent::Command(command) => next = Some(command.tag),
-                ControllerEvent::Fetched { tag, sink, result } => {
+                ControllerEvent::Fetched {
+                    tag, sink, result, ..
+                } => {
                     assert_eq!(result, Ok(()));
                     fetched = Some((tag, sink));
                 }

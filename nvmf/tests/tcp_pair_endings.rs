@@ -437,6 +437,39 @@ fn an_answer_gives_back_what_a_fetch_was_to_fill_and_the_queue_goes_on() {
 }
 
 #[test]
+fn a_fetch_that_is_cut_off_tells_how_much_had_arrived() {
+    const LEN: usize = 8 << 20;
+    let (mut host, mut controller) = pair();
+    write(&mut host, LEN, 1);
+    step(&mut *host);
+    let Command { tag, .. } = command(&mut controller);
+    controller
+        .fetch(tag, 0, MemSink::from_bytes(vec![0; LEN]))
+        .unwrap();
+    // More than sockets hold: a few turns are not enough for all of it.
+    until(&mut *controller, |controller| {
+        step(&mut *host);
+        (controller.counters().receives > 4).then_some(())
+    });
+    drop(host);
+    ending(&mut *controller);
+    let Some(ControllerEvent::Fetched {
+        sink,
+        result,
+        transferred,
+        ..
+    }) = controller.event()
+    else {
+        panic!("the fetch does not come back");
+    };
+    assert_eq!((sink.len(), result.is_err()), (LEN, true));
+    assert!(
+        transferred > 0 && (transferred as usize) < LEN,
+        "{transferred}"
+    );
+}
+
+#[test]
 fn a_controller_gives_everything_back_when_the_host_goes() {
     let (mut host, mut controller) = pair();
     write(&mut host, 100_000, 1);
@@ -455,11 +488,24 @@ fn a_controller_gives_everything_back_when_the_host_goes() {
     let mut back = Vec::new();
     while let Some(event) = controller.event() {
         back.push(match event {
-            ControllerEvent::Fetched { sink, result, .. } => {
+            ControllerEvent::Fetched {
+                sink,
+                result,
+                transferred,
+                ..
+            } => {
                 assert!(result.is_err());
+                assert_eq!(transferred, 0, "it was not even asked for");
                 sink.len()
             }
-            ControllerEvent::Sent { source, .. } => source.len(),
+            ControllerEvent::Sent {
+                source,
+                transferred,
+                ..
+            } => {
+                assert!((transferred as usize) < source.len());
+                source.len()
+            }
             ControllerEvent::Command(command) => panic!("{command:?}"),
         });
     }

@@ -127,7 +127,9 @@ impl TargetLane {
                     commands = true;
                     self.command(command);
                 }
-                Some(ControllerEvent::Fetched { tag, sink, result }) => {
+                Some(ControllerEvent::Fetched {
+                    tag, sink, result, ..
+                }) => {
                     self.fetched(tag, sink, result);
                 }
                 Some(ControllerEvent::Sent { source, .. }) => {

@@ -111,10 +111,12 @@ impl TargetSide {
         while let Some(event) = self.pair.event() {
             match event {
                 ControllerEvent::Command(command) => self.command(state, command)?,
-                ControllerEvent::Fetched { tag, sink, result } => {
+                ControllerEvent::Fetched {
+                    tag, sink, result, ..
+                } => {
                     self.fetched(state, tag, sink, result)?;
                 }
-                ControllerEvent::Sent { tag, source } => self.sent(state, tag, &source)?,
+                ControllerEvent::Sent { tag, source, .. } => self.sent(state, tag, &source)?,
             }
             // Answers may have come to pass: they leave with the next flush.
             self.again = true;

@@ -262,6 +262,9 @@ pub enum ControllerEvent {
         sink: MemSink,
         /// Otherwise the status to answer with.
         result: Result<(), Status>,
+        /// Bytes that arrived: all, when `result` is good or the data was corrupt; otherwise those before
+        /// the fetch was over.
+        transferred: u32,
     },
     /// A send is over: nothing refers to the source any more.
     Sent {
@@ -269,6 +272,9 @@ pub enum ControllerEvent {
         tag: CommandTag,
         /// The source.
         source: MemSource,
+        /// Bytes that were handed on: all, unless the queue pair has ended or the host has given the
+        /// command up.
+        transferred: u32,
     },
 }
 

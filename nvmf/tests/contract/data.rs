@@ -362,7 +362,9 @@ fn serve(link: &mut Link, seeds: &mut HashMap<u16, u64>, event: ControllerEvent)
             link.controller.send(tag, 0, from, true).unwrap();
             link.controller.respond(tag, Cqe::default());
         }
-        ControllerEvent::Fetched { tag, sink, result } => {
+        ControllerEvent::Fetched {
+            tag, sink, result, ..
+        } => {
             let got = bytes(Transfer::In(sink));
             assert_eq!(result, Ok(()));
             assert!(got == pattern(seeds[&tag.0], got.len()));

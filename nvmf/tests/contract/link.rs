@@ -227,11 +227,15 @@ impl Link {
             tag: of,
             sink,
             result,
+            transferred,
         } = event
         else {
             panic!("no end of a fetch: {self:?}");
         };
         assert_eq!(of, tag);
+        if result.is_ok() {
+            assert_eq!(transferred as usize, sink.len());
+        }
         (bytes(Transfer::In(sink)), result)
     }
 
@@ -239,10 +243,17 @@ impl Link {
     #[track_caller]
     pub fn sent(&mut self, tag: CommandTag) -> usize {
         let event = self.until(|link| link.events.pop_front());
-        let ControllerEvent::Sent { tag: of, source } = event else {
+        let ControllerEvent::Sent {
+            tag: of,
+            source,
+            transferred,
+        } = event
+        else {
             panic!("no end of a send: {self:?}");
         };
         assert_eq!(of, tag);
+        // Nothing goes where the host has given the command up.
+        assert!([0, source.len()].contains(&(transferred as usize)));
         source.len()
     }
 

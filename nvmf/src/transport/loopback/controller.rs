@@ -331,9 +331,12 @@ impl ControllerQueuePair for LoopbackController {
         // It fits, so it is below 4 GiB.
         slot.moved = slot.moved.max(offset + len as u32);
         self.copied_bytes += len as u64;
-        let result = Ok(());
-        self.events
-            .push_back(ControllerEvent::Fetched { tag, sink, result });
+        self.events.push_back(ControllerEvent::Fetched {
+            tag,
+            sink,
+            result: Ok(()),
+            transferred: len as u32,
+        });
         Ok(())
     }
 
@@ -353,7 +356,11 @@ impl ControllerQueuePair for LoopbackController {
         let sink = match &mut slot.memory {
             Memory::Here(Transfer::In(sink)) => sink,
             Memory::Gone => {
-                self.events.push_back(ControllerEvent::Sent { tag, source });
+                self.events.push_back(ControllerEvent::Sent {
+                    tag,
+                    source,
+                    transferred: 0,
+                });
                 return Ok(());
             }
             _ => return Err((source, Status::DATA_SGL_LENGTH_INVALID)),
@@ -373,7 +380,11 @@ impl ControllerQueuePair for LoopbackController {
         drop(state);
         slot.moved += len as u32;
         self.copied_bytes += len as u64;
-        self.events.push_back(ControllerEvent::Sent { tag, source });
+        self.events.push_back(ControllerEvent::Sent {
+            tag,
+            source,
+            transferred: len as u32,
+        });
         Ok(())
     }
 

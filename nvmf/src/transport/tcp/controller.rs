@@ -37,6 +37,8 @@ struct Slot {
     in_capsule: InCapsule,
     /// Where a fetch goes, and its first byte as an offset into the command's data.
     sink: Option<(MemSink, u32)>,
+    /// Bytes that were placed there.
+    placed: usize,
     /// A fetch from kept in-capsule data that has not all arrived.
     waiting: Option<(MemSink, u32)>,
     /// Where a send comes from, its first byte, and how much of it the kernel has.
@@ -87,7 +89,7 @@ impl TcpController {
             } else {
                 Err(Status::TRANSIENT_TRANSPORT)
             };
-            return Some(fetched(tag, sink, result));
+            return Some(fetched(tag, sink, result, slot.placed));
         }
         if let InCapsule::Kept(sink) = std::mem::take(&mut slot.in_capsule) {
             let bytes = sink.into_parts().1.unwrap_or_default();
@@ -112,16 +114,18 @@ impl TcpController {
         }
         for (index, slot) in self.memory.slots.iter_mut().enumerate() {
             let tag = index as u16;
-            let lent = [slot.sink.take(), slot.waiting.take()];
-            for (sink, _) in lent.into_iter().flatten() {
-                self.memory
-                    .done
-                    .push_back(fetched(tag, sink, Err(Status::DATA_TRANSFER_ERROR)));
+            let lent = [(slot.sink.take(), slot.placed), (slot.waiting.take(), 0)];
+            for (lent, placed) in lent {
+                if let Some((sink, _)) = lent {
+                    let over = fetched(tag, sink, Err(Status::DATA_TRANSFER_ERROR), placed);
+                    self.memory.done.push_back(over);
+                }
             }
             if let Some((source, _)) = slot.source.take() {
                 self.memory.done.push_back(ControllerEvent::Sent {
                     tag: CommandTag(tag),
                     source,
+                    transferred: slot.source_sent as u32,
                 });
             }
         }
@@ -129,11 +133,18 @@ impl TcpController {
     }
 }
 
-fn fetched(tag: u16, sink: MemSink, result: Result<(), Status>) -> ControllerEvent {
+fn fetched(
+    tag: u16,
+    sink: MemSink,
+    result: Result<(), Status>,
+    transferred: usize,
+) -> ControllerEvent {
     ControllerEvent::Fetched {
         tag: CommandTag(tag),
         sink,
         result,
+        // Within a length of 32 bits.
+        transferred: transferred as u32,
     }
 }
 
@@ -157,11 +168,11 @@ impl Memories {
             if is_large(sink.len()) {
                 self.large_expected -= 1;
             }
-            let given_up = fetched(tag, sink, Err(Status::DATA_TRANSFER_ERROR));
+            let given_up = fetched(tag, sink, Err(Status::DATA_TRANSFER_ERROR), slot.placed);
             self.done.push_back(given_up);
         }
         if let Some((sink, _)) = slot.waiting.take() {
-            let given_up = fetched(tag, sink, Err(Status::DATA_TRANSFER_ERROR));
+            let given_up = fetched(tag, sink, Err(Status::DATA_TRANSFER_ERROR), 0);
             self.done.push_back(given_up);
         }
     }
@@ -179,7 +190,7 @@ impl Memories {
                     Some(InCapsule::Corrupt) => Status::TRANSIENT_TRANSPORT,
                     _ => Status::INTERNAL_ERROR,
                 };
-                self.done.push_back(fetched(tag, sink, Err(status)));
+                self.done.push_back(fetched(tag, sink, Err(status), 0));
                 return 0;
             }
         };
@@ -190,7 +201,7 @@ impl Memories {
             _ => Err(Status::DATA_SGL_LENGTH_INVALID),
         };
         let copied = if result.is_ok() { sink.len() } else { 0 };
-        self.done.push_back(fetched(tag, sink, result));
+        self.done.push_back(fetched(tag, sink, result, copied));
         copied
     }
 }
@@ -223,6 +234,12 @@ impl Memory for Memories {
         }
     }
 
+    fn placed(&mut self, tag: u16, bytes: usize) {
+        if let Some(slot) = self.slots.get_mut(usize::from(tag)) {
+            slot.placed += bytes;
+        }
+    }
+
     fn source(&self, tag: u16) -> Option<(&MemSource, u32)> {
         let (source, base) = self.slots.get(usize::from(tag))?.source.as_ref()?;
         Some((source, *base))
@@ -240,7 +257,11 @@ impl Memory for Memories {
             && let Some((source, _)) = slot.source.take()
         {
             let tag = CommandTag(payload.slot);
-            self.done.push_back(ControllerEvent::Sent { tag, source });
+            self.done.push_back(ControllerEvent::Sent {
+                tag,
+                transferred: slot.source_sent as u32,
+                source,
+            });
         }
     }
 
@@ -363,6 +384,7 @@ impl ControllerQueuePair for TcpController {
                     self.memory.large_expected += 1;
                 }
                 slot.sink = Some((sink, offset));
+                slot.placed = 0;
             }
             _ if !fits => return Err((sink, Status::DATA_SGL_LENGTH_INVALID)),
             InCapsule::Offered if offset == 0 && len == slot.data_len => {
@@ -371,6 +393,7 @@ impl ControllerQueuePair for TcpController {
                     self.memory.large_expected += 1;
                 }
                 slot.sink = Some((sink, 0));
+                slot.placed = 0;
             }
             InCapsule::Offered | InCapsule::Kept(_) => slot.waiting = Some((sink, offset)),
             InCapsule::Arrived(_) | InCapsule::Corrupt => {

@@ -71,6 +71,9 @@ impl Memory for Memories {
         }
     }
 
+    /// The machine counts.
+    fn placed(&mut self, _slot: u16, _bytes: usize) {}
+
     fn source(&self, slot: u16) -> Option<(&MemSource, u32)> {
         match self.slots.get(usize::from(slot)).map(|slot| &slot.transfer) {
             Some(Transfer::Out(source)) => Some((source, 0)),

@@ -36,6 +36,8 @@ thread_local! {
 pub(super) trait Memory {
     /// Where received payload goes.
     fn sink(&mut self, slot: u16) -> Target<'_>;
+    /// Bytes of payload were placed where [`Memory::sink`] said.
+    fn placed(&mut self, slot: u16, bytes: usize);
     /// Where sent payload comes from, and the command offset of its first byte.
     fn source(&self, slot: u16) -> Option<(&MemSource, u32)>;
     /// The kernel has all of a piece.
@@ -216,6 +218,7 @@ impl<R: Role> Stream<R> {
                             let copied = sink.copy_from(at, &bytes[..take]);
                             debug_assert!(copied.is_ok());
                             self.counters.copied_bytes += take as u64;
+                            memory.placed(slot, take);
                         }
                     }
                     self.start += take;
@@ -312,6 +315,9 @@ impl<R: Role> Stream<R> {
                 let placed = received.min(direct);
                 if placed > 0 {
                     self.digest_placed(memory, want, placed);
+                    if let Want::Payload { slot, .. } = want {
+                        memory.placed(slot, placed);
+                    }
                     self.machine.payload_moved(placed as u32);
                 }
                 (self.start, self.end) = (0, received - placed);
