@@ -186,6 +186,14 @@ impl Daemon {
         self.signal(Signal::CONT)
     }
 
+    /// Sends SIGHUP, which has `export` and `serve` look at the size of their storage.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn hang_up(&self) -> Result<()> {
+        self.signal(Signal::HUP)
+    }
+
     fn signal(&self, signal: Signal) -> Result<()> {
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal)

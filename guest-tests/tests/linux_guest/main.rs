@@ -9,6 +9,7 @@ mod cases;
 mod data;
 mod devices;
 mod disks;
+mod growth;
 mod linux_discovery;
 mod linux_host;
 mod linux_target;
