@@ -70,7 +70,9 @@ impl Admin<'_> {
             )
             .map(Answer::Data),
             admin::GET_LOG_PAGE if is_discovery => {
-                discovery::get_log_page(sqe, data_len, self.target, self.view).map(Answer::Data)
+                let (association, target) = (self.association, self.target);
+                discovery::get_log_page(sqe, data_len, association, target, self.view)
+                    .map(Answer::Data)
             }
             admin::SET_FEATURES | admin::GET_FEATURES
                 if is_discovery && !discovery::has_feature(sqe) =>

@@ -8,16 +8,19 @@ use std::sync::{Arc, PoisonError};
 
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::association::Association;
 use super::fabrics::MAX_ADMIN_QUEUE;
+use super::notices::Notices;
 use super::subsystem::Subsystem;
 use super::{Limits, Target, identify, log_page};
 use crate::spec::discovery::{
     DiscoveryHeader, DiscoveryRecord, RECORD_LEN, adrfam, eflags, sectype, subtype, treq,
 };
+use crate::spec::event::config;
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::feature::fid;
 use crate::spec::identify::{IDENTIFY_LEN, cns};
-use crate::spec::log::lid;
+use crate::spec::log::{RETAIN_EVENT, lid};
 use crate::spec::{Nqn, Sqe, Status, trtype};
 
 /// CNTRLTYPE of a discovery controller.
@@ -60,6 +63,7 @@ impl Listed {
             serves_io,
         });
         drop(listeners);
+        target.discovery.report(Notices::discovery);
         Self {
             target: Arc::clone(target),
             portid,
@@ -73,6 +77,8 @@ impl Drop for Listed {
         let mut listeners = self.target.listeners();
         listeners.generation = listeners.generation.wrapping_add(1);
         listeners.all.retain(|other| other.portid != self.portid);
+        drop(listeners);
+        self.target.discovery.report(Notices::discovery);
     }
 }
 
@@ -170,12 +176,17 @@ fn log(target: &Target, view: &Viewpoint) -> Vec<u8> {
 pub(super) fn get_log_page(
     sqe: &Sqe,
     data_len: u32,
+    association: &Association,
     target: &Target,
     view: &Viewpoint,
 ) -> Result<Vec<u8>, Status> {
     let request = log_page::request(sqe, data_len, &target.limits)?;
     if request.lid != lid::DISCOVERY {
         return Err(Status::INVALID_FIELD.do_not_retry());
+    }
+    if sqe.cdw10.get() & RETAIN_EVENT == 0 {
+        // Before it is made: what changes meanwhile is reported.
+        association.notices(Notices::discovery_read);
     }
     log_page::part(log(target, view), request)
 }
@@ -201,7 +212,7 @@ pub(super) fn identify(
     id.cntrltype = DISCOVERY_CONTROLLER;
     id.lpa = LPA;
     // There are no namespaces, and no I/O queues to reach any.
-    id.oaes = 0.into();
+    id.oaes = config::DISCOVERY_CHANGE.into();
     id.nn = 0.into();
     id.mnan = 0.into();
     id.oncs = 0.into();

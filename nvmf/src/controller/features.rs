@@ -5,11 +5,14 @@ use std::time::Duration;
 use super::Limits;
 use super::association::Association;
 use super::subsystem::Subsystem;
+use crate::spec::event::config;
 use crate::spec::feature::{fid, number_of_queues};
 use crate::spec::{Sqe, Status};
 
-/// Bits of Asynchronous Event Configuration that mean something.
+/// Bits of Asynchronous Event Configuration that mean something, on an I/O controller and on a discovery
+/// controller.
 const ASYNC_EVENT_BITS: u32 = 0x3fff;
+const DISCOVERY_EVENT_BITS: u32 = ASYNC_EVENT_BITS | config::DISCOVERY_CHANGE;
 /// Save, in dword 10 of Set Features.
 const SAVE: u32 = 1 << 31;
 /// Feature Identifier Not Saveable.
@@ -97,7 +100,7 @@ impl Features {
         let value = sqe.cdw11.get();
         match sqe.cdw10.get() as u8 {
             fid::NUMBER_OF_QUEUES => set_queues(value, association, limits),
-            fid::ASYNC_EVENT_CONFIG if value & !ASYNC_EVENT_BITS != 0 => {
+            fid::ASYNC_EVENT_CONFIG if value & !event_bits(subsystem) != 0 => {
                 refuse(Status::INVALID_FIELD)
             }
             fid::ASYNC_EVENT_CONFIG => {
@@ -183,6 +186,13 @@ fn threshold(value: u32) -> Result<usize, Status> {
         TEMPERATURE_UPPER => Ok(0),
         TEMPERATURE_LOWER => Ok(1),
         _ => refuse(Status::INVALID_FIELD),
+    }
+}
+
+fn event_bits(subsystem: &Subsystem) -> u32 {
+    match subsystem.is_discovery() {
+        true => DISCOVERY_EVENT_BITS,
+        false => ASYNC_EVENT_BITS,
     }
 }
 

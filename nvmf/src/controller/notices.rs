@@ -39,6 +39,7 @@ pub(super) struct Notices {
     /// Namespaces that changed since the list was read: never more than there can be.
     changed: BTreeSet<u32>,
     ana: Notice,
+    discovery: Notice,
 }
 
 impl Notices {
@@ -51,6 +52,11 @@ impl Notices {
     /// The access state of some group changed.
     pub(super) fn ana(&mut self) {
         self.ana.pending = true;
+    }
+
+    /// The discovery log changed.
+    pub(super) fn discovery(&mut self) {
+        self.discovery.pending = true;
     }
 
     /// The next event to report, of those that the host has `enabled`: bits of [`config`].
@@ -67,6 +73,9 @@ impl Notices {
         }
         if enabled & config::ANA_CHANGE != 0 && self.ana.take() {
             return event(notice::ANA_CHANGE, lid::ANA);
+        }
+        if enabled & config::DISCOVERY_CHANGE != 0 && self.discovery.take() {
+            return event(notice::DISCOVERY_CHANGE, lid::DISCOVERY);
         }
         None
     }
@@ -89,6 +98,11 @@ impl Notices {
     /// The host reads the ANA log, as it is after this call, and does not retain the event.
     pub(super) fn ana_read(&mut self) {
         self.ana = Notice::default();
+    }
+
+    /// As [`Self::ana_read`], of the discovery log.
+    pub(super) fn discovery_read(&mut self) {
+        self.discovery = Notice::default();
     }
 }
 

@@ -178,7 +178,7 @@ impl Subsystem {
     }
 
     /// Has every controller report something.
-    fn report(&self, change: impl Fn(&mut Notices)) {
+    pub(super) fn report(&self, change: impl Fn(&mut Notices)) {
         let all: Vec<_> = self.controllers().by_id.values().cloned().collect();
         for association in all {
             association.report(&change);

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nvmf::controller::{Limits, Port, Subsystem, Target};
-use nvmf::host::discovery::{Discovered, DiscoveredKind, DiscoveryLog, discover};
+use nvmf::host::discovery::{Discovered, DiscoveredKind, DiscoveryLog, DiscoveryWatch, discover};
 use nvmf::host::{HostOptions, TargetAddress};
 use nvmf::spec::discovery::{DiscoveryHeader, DiscoveryRecord, RECORD_LEN, eflags, subtype, treq};
+use nvmf::spec::event::{AsyncEvent, config, notice};
 use nvmf::spec::fabrics::{Connect, ConnectData, connect_offset, invalid_parameter};
+use nvmf::spec::feature::fid;
 use nvmf::spec::identify::{IDENTIFY_LEN, IdentifyController, cns};
 use nvmf::spec::log::{GetLogPage, lid};
 use nvmf::spec::nqn::DISCOVERY_NQN;
 use nvmf::spec::opcode::{admin, nvm};
 use nvmf::spec::{Nqn, Sqe, Status};
 use nvmf::transport::{Registry, Transfer};
+use tokio::time::timeout;
 use uuid::Uuid;
 use zerocopy::FromBytes;
 
@@ -313,6 +316,84 @@ async fn the_generation_changes_with_the_listeners_and_wildcards_are_where_the_h
     let after = ask(&rig, HOSTNQN).await;
     assert_eq!(after.records, before.records);
     assert_eq!(after.generation, log.generation + 2);
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_that_stays_connected_is_told_of_every_change_until_it_has_read_the_log() {
+    let rig = Rig::start().await;
+    let mut queue = associate(&rig, 0).await;
+    let id = queue.receive(Sqe::identify(cns::CONTROLLER, 0, 0), IDENTIFY_LEN);
+    let (_, id) = id.await;
+    let id = IdentifyController::read_from_bytes(&id).unwrap();
+    assert_eq!(id.oaes.get(), config::DISCOVERY_CHANGE);
+    let set = Sqe::set_features(fid::ASYNC_EVENT_CONFIG, config::DISCOVERY_CHANGE);
+    assert_eq!(queue.command(set).await.status(), Status::SUCCESS);
+    for token in 1..4 {
+        queue.start(Sqe::async_event_request(), Transfer::None, token);
+        let any = ["127.0.0.1:0".parse().unwrap()];
+        let port = Port::bind(Arc::clone(&rig.target), &any).await.unwrap();
+        let event = queue.finish().await;
+        assert_eq!(event.token, token);
+        let event = AsyncEvent::from_dw0(event.cqe.dw0());
+        let info = notice::DISCOVERY_CHANGE;
+        assert_eq!((event.info, event.page), (info, lid::DISCOVERY));
+        // Neither of these changes is reported: the log was not read.
+        queue.start(Sqe::async_event_request(), Transfer::None, 77);
+        drop(port);
+        queue.start(Sqe::keep_alive(), Transfer::None, 78);
+        assert_eq!(queue.finish().await.token, 78);
+        whole_log(&mut queue, RECORD_LEN).await;
+        drop(Port::bind(Arc::clone(&rig.target), &any).await.unwrap());
+        assert_eq!(queue.finish().await.token, 77);
+        whole_log(&mut queue, RECORD_LEN).await;
+    }
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn an_io_controller_has_no_notices_of_discovery() {
+    let rig = Rig::start().await;
+    let (mut admin, _) = rig.associate().await;
+    let set = Sqe::set_features(fid::ASYNC_EVENT_CONFIG, config::DISCOVERY_CHANGE);
+    let status = admin.command(set).await.status();
+    assert_eq!(status, Status::INVALID_FIELD.do_not_retry());
+    rig.stop().await;
+}
+
+#[tokio::test]
+async fn our_watch_of_a_discovery_controller_hears_of_its_changes() {
+    let rig = Rig::start().await;
+    let registry = Registry::with_defaults();
+    let options = HostOptions::new(Nqn::new(HOSTNQN).unwrap(), Uuid::from_bytes(HOSTID));
+    let target = TargetAddress {
+        host: rig.address.ip().to_string(),
+        port: rig.address.port(),
+        subnqn: Nqn::discovery(),
+    };
+    let targets = [target];
+    let watching = DiscoveryWatch::connect(&registry, &targets, &options);
+    let mut watch = watching.await.unwrap();
+    for _ in 0..3 {
+        let before = watch.explore(&registry).await.unwrap();
+        let any = ["127.0.0.1:0".parse().unwrap()];
+        let port = Port::bind(Arc::clone(&rig.target), &any).await.unwrap();
+        timeout(PATIENCE, watch.changed())
+            .await
+            .expect("in time")
+            .unwrap();
+        let after = watch.explore(&registry).await.unwrap();
+        assert_eq!(
+            after.logs[0].records.len(),
+            before.logs[0].records.len() + 2
+        );
+        drop(port);
+        timeout(PATIENCE, watch.changed())
+            .await
+            .expect("in time")
+            .unwrap();
+    }
+    watch.close(PATIENCE).await;
     rig.stop().await;
 }
 
