@@ -7,6 +7,7 @@
 //! the right one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nvmf::host::{Association, HostError, HostEvent, Inquiry, NamespaceInfo};
 use tokio::sync::{Semaphore, mpsc};
@@ -17,6 +18,10 @@ use crate::worker::mailbox::{LaneMessage, Mailbox, PairLost};
 
 /// Bytes of a sector, virtio's unit.
 const SECTOR: u64 = 512;
+/// Lines in the log that controllers may cause for a disk in each window; what else they report is logged for
+/// who looks for it.
+const LINES: u32 = 20;
+const WINDOW: Duration = Duration::from_secs(60);
 /// Looks at the namespace that are under way or wait for their turn; more would find nothing new.
 const LOOKS_MAX: usize = 8;
 
@@ -34,8 +39,15 @@ struct Disk {
     /// Where it is told that an association cannot go on.
     losses: mpsc::Sender<PairLost>,
     known: Mutex<Known>,
+    lines: Mutex<Lines>,
     /// Looks happen one after the other.
     looking: tokio::sync::Mutex<()>,
+}
+
+/// Lines that were logged in this window.
+struct Lines {
+    since: Instant,
+    count: u32,
 }
 
 /// What was last found.
@@ -74,6 +86,10 @@ impl NamespaceEvents {
                     namespace,
                     trouble: None,
                 }),
+                lines: Mutex::new(Lines {
+                    since: Instant::now(),
+                    count: 0,
+                }),
                 looking: tokio::sync::Mutex::default(),
             }),
             looks: Arc::new(Semaphore::new(LOOKS_MAX)),
@@ -97,21 +113,25 @@ impl NamespaceEvents {
         let disk = &self.disk;
         let at = association.controller().address;
         match event {
-            HostEvent::Smart(_) | HostEvent::Error(_) => {
-                tracing::warn!(disk = disk.name, controller = %at, "{event}");
-            }
-            HostEvent::NamespacesChanged(changed) if !changed.has(nsid) => {
-                tracing::debug!(disk = disk.name, controller = %at, "{event}");
-            }
+            // What has changed is logged when it is known.
             HostEvent::NamespacesChanged(_) => {
                 tracing::debug!(disk = disk.name, controller = %at, "{event}");
-                self.look(association.inquiry(), number, nsid);
             }
-            HostEvent::Missed => {
-                tracing::warn!(disk = disk.name, controller = %at, "{event}; looking at everything");
-                self.look(association.inquiry(), number, nsid);
+            _ if !disk.may_log() => {
+                tracing::debug!(disk = disk.name, controller = %at, "{event}");
+            }
+            HostEvent::Smart(_) | HostEvent::Error(_) | HostEvent::Missed => {
+                tracing::warn!(disk = disk.name, controller = %at, "{event}");
             }
             _ => tracing::info!(disk = disk.name, controller = %at, "{event}"),
+        }
+        let changed = match event {
+            HostEvent::NamespacesChanged(changed) => changed.has(nsid),
+            HostEvent::Missed => true,
+            _ => false,
+        };
+        if changed {
+            self.look(association.inquiry(), number, nsid);
         }
     }
 
@@ -142,6 +162,19 @@ impl Disk {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// True when one more line may be logged now.
+    fn may_log(&self) -> bool {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.since.elapsed() > WINDOW {
+            *lines = Lines {
+                since: Instant::now(),
+                count: 0,
+            };
+        }
+        lines.count = lines.count.saturating_add(1);
+        lines.count <= LINES
+    }
+
     /// Acts on what a look has found.
     async fn looked(
         &self,
@@ -170,7 +203,9 @@ impl Disk {
             }
             // The association is lost, or about to be; the next one looks anyway.
             Err(error) => {
-                tracing::warn!(disk = self.name, nsid, "the namespace has changed: {error}");
+                if self.may_log() {
+                    tracing::warn!(disk = self.name, nsid, "the namespace has changed: {error}");
+                }
                 return;
             }
         };
@@ -187,11 +222,13 @@ impl Disk {
                 }
             }
             Err(reason) => {
-                tracing::error!(
-                    disk = self.name,
-                    nsid,
-                    "the namespace has changed: {reason}"
-                );
+                if self.may_log() {
+                    tracing::error!(
+                        disk = self.name,
+                        nsid,
+                        "the namespace has changed: {reason}"
+                    );
+                }
                 self.give_up(number, reason.to_string());
             }
         }
@@ -231,20 +268,23 @@ impl Disk {
             true => "the VMM is told",
             false => "the VMM sees it when it reads the configuration again",
         };
-        tracing::info!(
-            disk = self.name,
-            blocks = found.block_count,
-            before,
-            "the namespace has grown: {reaches}"
-        );
+        if self.may_log() {
+            tracing::info!(
+                disk = self.name,
+                blocks = found.block_count,
+                before,
+                "the namespace has grown: {reaches}"
+            );
+        }
     }
 
-    /// Remembers what is in the way; true when that has changed.
+    /// Remembers what is in the way; true when that has changed, and may be logged.
     fn note(&self, trouble: Option<Trouble>) -> bool {
         let mut known = self.known();
         let changed = known.trouble != trouble;
         known.trouble = trouble;
-        changed
+        drop(known);
+        changed && self.may_log()
     }
 
     /// Has the association given up: its namespace ID means something else now.
@@ -372,6 +412,13 @@ mod tests {
             assert!(bench.lane.try_recv().is_err());
             assert_eq!(bench.capacity(), BLOCKS);
         }
+    }
+
+    #[test]
+    fn controllers_cause_no_more_than_so_many_lines() {
+        let bench = Bench::new();
+        let lines = (0..1000).filter(|_| bench.events.disk.may_log());
+        assert_eq!(lines.count(), LINES as usize);
     }
 
     #[tokio::test]
