@@ -98,6 +98,35 @@ fn messages_sent_without_waiting_keep_their_descriptors_apart() {
 }
 
 #[test]
+fn channels_sent_without_waiting_are_kept_apart_from_each_other_and_from_other_descriptors() {
+    let mut bench = Bench::new();
+    bench.negotiate();
+    bench.front.set_hdr_flags(VhostUserHeaderFlag::empty());
+    for _ in 0..50 {
+        let mut ours = Vec::new();
+        for index in 0..3 {
+            let (near, far) = UnixStream::pair().expect("a pair");
+            bench.front.set_vring_call(0, &bench.call).expect("call");
+            bench.front.set_backend_request_fd(&far).expect("given");
+            bench
+                .front
+                .set_vring_kick(index, &bench.kick)
+                .expect("kick");
+            ours.push(near);
+        }
+        // Answered, so that all was handled before.
+        bench.goes_on();
+        let last = ours.pop().expect("three");
+        for mut replaced in ours {
+            assert_eq!(replaced.read(&mut [0]).expect("the end"), 0);
+        }
+        assert!(bench.device.set_capacity(1));
+        let mut message = [0; 12];
+        (&last).read_exact(&mut message).expect("a notice");
+    }
+}
+
+#[test]
 fn messages_in_pieces_are_put_together() {
     let bench = Bench::new();
     let message = [FrontendReq::SET_VRING_NUM as u32, 1, 8, 0, 7];
