@@ -13,6 +13,7 @@ mod logging;
 mod metrics;
 mod namespace_events;
 mod reconnect;
+mod rediscovery;
 mod remembered;
 mod report;
 mod serve;
