@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use nvmf::host::discovery::{Discovered, DiscoveredKind, Discovery, explore};
+use nvmf::host::discovery::{DiscoveredKind, Discovery, explore};
 use nvmf::host::{HostError, HostOptions, TargetAddress};
 use nvmf::spec::Nqn;
 use nvmf::transport::Registry;
@@ -149,7 +149,7 @@ fn list<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
 mod tests {
     use std::net::SocketAddr;
 
-    use nvmf::host::discovery::DiscoveryLog;
+    use nvmf::host::discovery::{Discovered, DiscoveryLog};
     use uuid::Uuid;
 
     use super::*;

@@ -9,7 +9,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nvmf::host::{Association, HostError, HostEvent, Inquiry, NamespaceInfo};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use vhost_user_blk::Device;
 
 use crate::reconnect::verify::{NotTheSame, verify};
@@ -34,6 +34,8 @@ struct Disk {
     /// Where it is told that an association cannot go on.
     losses: mpsc::Sender<PairLost>,
     known: Mutex<Known>,
+    /// The namespace, for those who want to know when it changes.
+    seen: watch::Sender<NamespaceInfo>,
     /// Looks happen one after the other.
     looking: tokio::sync::Mutex<()>,
 }
@@ -70,6 +72,7 @@ impl NamespaceEvents {
                 device,
                 lanes,
                 losses,
+                seen: watch::Sender::new(namespace.clone()),
                 known: Mutex::new(Known {
                     namespace,
                     trouble: None,
@@ -83,6 +86,11 @@ impl NamespaceEvents {
     /// The namespace as the guest has it: what takes its place must not be smaller.
     pub(crate) fn namespace(&self) -> NamespaceInfo {
         self.disk.known().namespace.clone()
+    }
+
+    /// The same, and when it is another.
+    pub(crate) fn seen(&self) -> watch::Receiver<NamespaceInfo> {
+        self.disk.seen.subscribe()
     }
 
     /// Takes an event of an association of the disk, which has `number` there and the namespace under `nsid`. Does
@@ -218,6 +226,11 @@ impl Disk {
         if found.block_count > before {
             self.grow(found, before).await;
         }
+        self.seen.send_if_modified(|seen| {
+            let news = *seen != *found;
+            seen.clone_from(found);
+            news
+        });
     }
 
     /// Shows the guest a larger disk, once all lanes take requests for it.
