@@ -234,6 +234,10 @@ pub(crate) struct AttachArgs {
         value_parser = value_parser!(u32).range(limits::POLL_MAX_NS)
     )]
     pub(crate) poll_max_ns: u32,
+    /// Directory where the disk is remembered, so that it can be offered at the next start though its target is away
+    /// [default: that of the service manager, /var/lib/vhost-nvmf where it is there, or vhost-nvmf in $XDG_STATE_HOME]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
     /// Read from this file, of the form of nvme-cli's /etc/nvme/nvme-fabrics.conf, and from FILE.d/*.conf where the
     /// subsystem is and how to connect; options given here win
     #[arg(long, value_name = "FILE")]

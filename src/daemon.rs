@@ -11,10 +11,9 @@ use nvmf::transport::Registry;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::config::{AttachConfig, AttachPlan, ExportConfig, Machine, ServeConfig, Source};
-use crate::disk::Disk;
+use crate::attach::Attached;
+use crate::config::{AttachPlan, ExportConfig, Machine, ServeConfig};
 use crate::export::Export;
-use crate::finding;
 use crate::hints::VmmHints;
 use crate::serve::Local;
 use crate::socket;
@@ -36,54 +35,26 @@ pub(crate) fn attach(plan: &AttachPlan) -> Result<(), Box<dyn Error>> {
         // Listening comes first: a VMM that is quicker than the controller waits in the queue.
         let (listener, path) = socket::listen(plan.socket_path())?;
         let registry = Arc::new(Registry::with_defaults());
-        let (disk, config) = tokio::select! {
-            found = find(registry, plan, &workers) => found?,
+        let attached = tokio::select! {
+            attached = Attached::attach(registry, plan, &workers) => attached?,
             () = stop.wait() => return Ok(()),
         };
         tracing::info!(hostnqn = %host.hostnqn, hostid = %host.hostid, "this host");
         let hints = VmmHints {
             socket_path: path.path(),
-            num_queues: config.num_queues,
-            read_only: config.read_only,
+            num_queues: attached.config.num_queues,
+            read_only: attached.config.read_only,
         };
         print(&hints.to_string())?;
-        disk.serve(listener, stop.wait()).await?;
+        let (disk, beside) = attached.into_parts();
+        tokio::select! {
+            served = disk.serve(listener, stop.wait()) => served?,
+            () = beside.run() => {}
+        }
         Ok(())
     });
     end(runtime, workers);
     result
-}
-
-/// Attaches the disk by the first way that leads to it.
-async fn find(
-    registry: Arc<Registry>,
-    plan: &AttachPlan,
-    workers: &[Worker],
-) -> Result<(Disk, AttachConfig), Box<dyn Error>> {
-    let paths = match &plan.source {
-        Source::Paths(paths) => paths.clone(),
-        Source::Search(search) => {
-            let paths = finding::find(&registry, search, &plan.host()).await?;
-            for path in &paths {
-                tracing::info!(%search, %path, "found by discovery");
-            }
-            paths
-        }
-    };
-    let mut last = None;
-    for (tried, target) in paths.iter().enumerate() {
-        let config = plan.config(target.clone());
-        match Disk::attach(Arc::clone(&registry), &config, workers).await {
-            Ok(disk) => return Ok((disk, config)),
-            Err(error) => {
-                if tried + 1 < paths.len() {
-                    tracing::warn!(path = %config.uri, "{error}; the next path is tried");
-                }
-                last = Some(error);
-            }
-        }
-    }
-    Err(last.map_or("there is no path".into(), Into::into))
 }
 
 /// Serves storage of this machine as a disk until a signal comes.

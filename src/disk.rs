@@ -6,11 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nvmf::host::{Association, HostError, NamespaceInfo};
+use nvmf::host::{Association, ControllerInfo, HostError, NamespaceInfo};
 use nvmf::transport::{HostQueuePair, Registry};
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 use vhost_user_blk::{Device, Queue, QueueUpdate, Rings, serve};
 
@@ -22,6 +22,7 @@ use crate::metrics::DiskCounters;
 use crate::namespace_events::NamespaceEvents;
 use crate::reconnect::way_back::WayBack;
 use crate::reconnect::{Path, PathSetup};
+use crate::remembered::Remembered;
 use crate::worker::Worker;
 use crate::worker::lane::{DeviceLane, LaneSetup};
 use crate::worker::mailbox::{LaneMessage, Mailbox};
@@ -42,12 +43,14 @@ const GUEST_BLOCK_MAX: u32 = 4096;
 pub(crate) struct Backing {
     /// What it is called in the log.
     pub(crate) name: String,
-    /// The controller.
-    pub(crate) association: Association,
+    /// The association with the controller; `None` while that is away.
+    pub(crate) association: Option<Association>,
+    /// The controller, as far as it is known.
+    pub(crate) controller: ControllerInfo,
     /// The namespace.
     pub(crate) namespace: NamespaceInfo,
-    /// Connected I/O queue pairs, at least one.
-    pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
+    /// For each lane a connected I/O queue pair, or none while the controller is away; at least one.
+    pub(crate) pairs: Vec<Option<Box<dyn HostQueuePair>>>,
     /// What it may do in a second.
     pub(crate) rates: Rates,
     /// How long a lane looks for work before it sleeps, at most.
@@ -58,6 +61,38 @@ pub(crate) struct Backing {
     pub(crate) drain: Duration,
     /// How to get back to the controller; `None` where its loss is the end.
     pub(crate) way_back: Option<WayBack>,
+}
+
+impl Backing {
+    /// As the user has decided, without a way to the controller.
+    fn new(
+        config: &AttachConfig,
+        controller: ControllerInfo,
+        namespace: NamespaceInfo,
+        pairs: Vec<Option<Box<dyn HostQueuePair>>>,
+    ) -> Self {
+        Self {
+            name: config.uri.to_string(),
+            association: None,
+            controller,
+            namespace,
+            pairs,
+            rates: config.rates,
+            poll_max: config.poll_max,
+            keep_alive: config.host.keep_alive_tmo,
+            drain: config.drain,
+            way_back: None,
+        }
+    }
+}
+
+fn way_back(registry: Arc<Registry>, config: &AttachConfig) -> WayBack {
+    WayBack {
+        registry,
+        target: config.uri.target.clone(),
+        host: config.host.clone(),
+        patience: config.patience,
+    }
 }
 
 /// A disk that is served.
@@ -76,15 +111,14 @@ struct Front {
 }
 
 impl Disk {
-    /// Connects to the namespace and places a lane for each I/O queue pair on the workers.
+    /// Connects to the namespace.
     ///
     /// # Errors
     /// [`HostError`] as one line; nothing stays open then.
-    pub(crate) async fn attach(
+    pub(crate) async fn connect(
         registry: Arc<Registry>,
         config: &AttachConfig,
-        workers: &[Worker],
-    ) -> Result<Self, HostError> {
+    ) -> Result<Backing, HostError> {
         let Uri { target, selector } = &config.uri;
         let association = Association::connect(&registry, target, &config.host).await?;
         let opened = async {
@@ -117,23 +151,29 @@ impl Disk {
                  --read-only if it is to stay so"
             );
         }
-        let backing = Backing {
-            name: config.uri.to_string(),
+        let controller = controller.clone();
+        let pairs = pairs.into_iter().map(Some).collect();
+        let (association, way_back) = (Some(association), Some(way_back(registry, config)));
+        Ok(Backing {
             association,
-            namespace,
-            pairs,
-            rates: config.rates,
-            poll_max: config.poll_max,
-            keep_alive: config.host.keep_alive_tmo,
-            drain: config.drain,
-            way_back: Some(WayBack {
-                registry,
-                target: target.clone(),
-                host: config.host.clone(),
-                patience: config.patience,
-            }),
-        };
-        Ok(Self::new(backing, config.choices(), workers).await)
+            way_back,
+            ..Backing::new(config, controller, namespace, pairs)
+        })
+    }
+
+    /// A disk as it was, whose controller is away.
+    pub(crate) fn away(
+        registry: Arc<Registry>,
+        config: &AttachConfig,
+        remembered: &Remembered,
+    ) -> Backing {
+        let lanes = remembered.io_queues.min(config.host.nr_io_queues);
+        let pairs = (0..lanes.max(1)).map(|_| None).collect();
+        let controller = remembered.controller(&config.uri.target.subnqn);
+        Backing {
+            way_back: Some(way_back(registry, config)),
+            ..Backing::new(config, controller, remembered.namespace.clone(), pairs)
+        }
     }
 
     /// Makes a disk of a namespace, and places a lane for each of its queue pairs on the workers.
@@ -141,6 +181,7 @@ impl Disk {
         let Backing {
             name,
             association,
+            controller,
             namespace,
             pairs,
             rates,
@@ -149,9 +190,8 @@ impl Disk {
             drain,
             way_back,
         } = backing;
-        let controller = association.controller();
-        let limits = Limits::new(controller, &namespace);
-        let device = Device::new(geometry::device_options(&choices, controller, &namespace));
+        let limits = Limits::new(&controller, &namespace);
+        let device = Device::new(geometry::device_options(&choices, &controller, &namespace));
         let counters = Arc::new(DiskCounters::default());
         let mut lanes = Vec::with_capacity(pairs.len());
         let throttle = Throttle::new(&rates, Instant::now()).map(Arc::new);
@@ -162,7 +202,7 @@ impl Disk {
                 name: name.clone(),
                 index,
                 limits,
-                pairs: vec![pair],
+                pairs: pair.into_iter().collect(),
                 losses: loss.clone(),
                 mail,
                 counters: counters.lane(),
@@ -213,6 +253,11 @@ impl Disk {
             counters,
         };
         Self { path, front }
+    }
+
+    /// Its namespace, and when that is another.
+    pub(crate) fn namespace(&self) -> watch::Receiver<NamespaceInfo> {
+        self.path.namespace()
     }
 
     /// Serves front-ends, one after the other, until `stop` comes; then drains, shuts the

@@ -1,8 +1,8 @@
 //! Finds the ways to a disk's subsystem by discovery.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use nvmf::host::discovery::{Discovered, DiscoveredKind, Discovery, explore};
+use nvmf::host::discovery::{DiscoveredKind, Discovery, explore};
 use nvmf::host::{HostError, HostOptions, TargetAddress};
 use nvmf::spec::Nqn;
 use nvmf::transport::Registry;
@@ -78,40 +78,31 @@ fn choose(
     search: &Search,
     options: &HostOptions,
 ) -> Result<Vec<TargetAddress>, FindError> {
-    let mut subsystems: BTreeMap<&Nqn, Vec<&Discovered>> = BTreeMap::new();
-    for record in found.records() {
-        if record.kind == DiscoveredKind::Nvm && record.subnqn != Nqn::discovery() {
-            subsystems.entry(&record.subnqn).or_default().push(record);
-        }
-    }
-    let matching = subsystems.iter();
-    let matching: Vec<_> = matching
-        .filter(|(subnqn, _)| search.pattern.matches(subnqn))
+    let records = found.records();
+    let subsystems: BTreeSet<&Nqn> = records
+        .filter(|record| record.kind == DiscoveredKind::Nvm && record.subnqn != Nqn::discovery())
+        .map(|record| &record.subnqn)
         .collect();
+    let matching = subsystems.iter().copied();
+    let matching: Vec<&Nqn> = matching.filter(|it| search.pattern.matches(it)).collect();
     let pattern = search.pattern.to_string();
-    let (subnqn, records) = match matching[..] {
-        [(&subnqn, records)] => (subnqn, records),
+    let subnqn = match matching[..] {
+        [subnqn] => subnqn,
         [] => {
             return Err(FindError::NoMatch {
                 pattern,
-                found: list(subsystems.keys()),
+                found: list(subsystems),
                 hostnqn: options.hostnqn.clone(),
             });
         }
         _ => {
             return Err(FindError::Several {
                 pattern,
-                found: list(matching.iter().map(|(subnqn, _)| subnqn)),
+                found: list(matching),
             });
         }
     };
-    let (mut ways, mut reasons) = (Vec::new(), Vec::new());
-    for record in records {
-        match &record.target {
-            Ok(target) => ways.push(target.clone()),
-            Err(reason) => reasons.push(reason),
-        }
-    }
+    let (ways, reasons) = ways_to(found, subnqn);
     if ways.is_empty() {
         return Err(FindError::NoWay {
             subnqn: subnqn.clone(),
@@ -122,6 +113,22 @@ fn choose(
         tracing::warn!("one way to {subnqn} is not used: {reason}");
     }
     Ok(ways)
+}
+
+/// The ways to a subsystem that can be gone, in the order in which they are told, and what is in the way of others.
+pub(crate) fn ways_to<'a>(
+    found: &'a Discovery,
+    subnqn: &Nqn,
+) -> (Vec<TargetAddress>, Vec<&'a String>) {
+    let (mut ways, mut reasons) = (Vec::new(), Vec::new());
+    let records = found.records();
+    for record in records.filter(|it| it.kind == DiscoveredKind::Nvm && it.subnqn == *subnqn) {
+        match &record.target {
+            Ok(target) => ways.push(target.clone()),
+            Err(reason) => reasons.push(reason),
+        }
+    }
+    (ways, reasons)
 }
 
 /// What there is, and not all of many.
@@ -142,7 +149,7 @@ fn list<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
 mod tests {
     use std::net::SocketAddr;
 
-    use nvmf::host::discovery::DiscoveryLog;
+    use nvmf::host::discovery::{Discovered, DiscoveryLog};
     use uuid::Uuid;
 
     use super::*;

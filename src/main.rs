@@ -1,5 +1,6 @@
 //! The `vhost-nvmf` daemon: a command line in, one disk, one target or one answer out.
 
+mod attach;
 mod bridge;
 mod cli;
 mod config;
@@ -13,6 +14,7 @@ mod logging;
 mod metrics;
 mod namespace_events;
 mod reconnect;
+mod rediscovery;
 mod remembered;
 mod report;
 mod serve;

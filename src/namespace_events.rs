@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nvmf::host::{Association, HostError, HostEvent, Inquiry, NamespaceInfo};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use vhost_user_blk::Device;
 
 use crate::reconnect::verify::{NotTheSame, verify};
@@ -40,6 +40,8 @@ struct Disk {
     losses: mpsc::Sender<PairLost>,
     known: Mutex<Known>,
     lines: Mutex<Lines>,
+    /// The namespace, for those who want to know when it changes.
+    seen: watch::Sender<NamespaceInfo>,
     /// Looks happen one after the other.
     looking: tokio::sync::Mutex<()>,
 }
@@ -82,6 +84,7 @@ impl NamespaceEvents {
                 device,
                 lanes,
                 losses,
+                seen: watch::Sender::new(namespace.clone()),
                 known: Mutex::new(Known {
                     namespace,
                     trouble: None,
@@ -99,6 +102,11 @@ impl NamespaceEvents {
     /// The namespace as the guest has it: what takes its place must not be smaller.
     pub(crate) fn namespace(&self) -> NamespaceInfo {
         self.disk.known().namespace.clone()
+    }
+
+    /// The same, and when it is another.
+    pub(crate) fn seen(&self) -> watch::Receiver<NamespaceInfo> {
+        self.disk.seen.subscribe()
     }
 
     /// Takes an event of an association of the disk, which has `number` there and the namespace under `nsid`. Does
@@ -255,6 +263,11 @@ impl Disk {
         if found.block_count > before {
             self.grow(found, before).await;
         }
+        self.seen.send_if_modified(|seen| {
+            let news = *seen != *found;
+            seen.clone_from(found);
+            news
+        });
     }
 
     /// Shows the guest a larger disk, once all lanes take requests for it.

@@ -5,10 +5,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use nvmf::host::{NamespaceInfo, OptimalIo, TargetAddress};
+use nvmf::host::{
+    ControllerInfo, DeallocateLimits, EventSupport, Liveness, NamespaceInfo, OptimalIo,
+    TargetAddress,
+};
+use nvmf::spec::identify::oncs;
 use nvmf::spec::{NSID_ALL, Nqn};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -75,6 +80,34 @@ struct Record {
 struct Way {
     host: String,
     port: u16,
+}
+
+impl Remembered {
+    /// A controller that could have it. Nothing of it is used before there is one: whatever it can do, requests
+    /// wait for that.
+    pub(crate) fn controller(&self, subnqn: &Nqn) -> ControllerInfo {
+        ControllerInfo {
+            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+            subnqn: subnqn.clone(),
+            cntlid: 0,
+            version: 0,
+            serial: String::new(),
+            model: String::new(),
+            firmware: String::new(),
+            max_transfer: None,
+            in_capsule_limit: 0,
+            max_queue_entries: 2,
+            oncs: oncs::DATASET_MANAGEMENT | oncs::WRITE_ZEROES,
+            volatile_write_cache: true,
+            max_write_zeroes: None,
+            deallocate: DeallocateLimits::default(),
+            liveness: Liveness::default(),
+            cmic: 0,
+            ana: None,
+            extended_log: false,
+            events: EventSupport::default(),
+        }
+    }
 }
 
 impl StateDirectory {

@@ -91,9 +91,10 @@ impl Local {
         let pairs = queue_pairs(&association, &registry, &connector, &mut placed).await?;
         let backing = Backing {
             name: config.namespace.to_string(),
-            association,
+            controller: association.controller().clone(),
+            association: Some(association),
             namespace,
-            pairs,
+            pairs: pairs.into_iter().map(Some).collect(),
             rates: config.rates,
             poll_max: config.poll_max,
             keep_alive: options.keep_alive_tmo,

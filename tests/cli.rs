@@ -96,6 +96,8 @@ fn help_and_version_are_printed_and_are_no_failure() {
                 "--socket-path",
                 "--keep-alive-tmo",
                 "--config-fabrics",
+                "--state-dir",
+                "nvme+tcp-discovery://",
                 "--hdr-digest",
                 "--data-digest",
                 "--iops-burst",

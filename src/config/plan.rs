@@ -1,5 +1,6 @@
 //! What `attach` is to do, before it is known which way leads to the namespace.
 
+use std::fmt;
 use std::path::Path;
 
 use nvmf::host::{HostOptions, NamespaceSelector, TargetAddress};
@@ -73,6 +74,11 @@ impl AttachPlan {
         &self.args.disk.socket_path
     }
 
+    /// Where disks are remembered, if the user has decided that.
+    pub(crate) fn state_directory(&self) -> Option<&Path> {
+        self.args.state_dir.as_deref()
+    }
+
     /// Who connects, and with what queues.
     pub(crate) fn host(&self) -> HostOptions {
         host_options(&self.args, &self.identity)
@@ -82,6 +88,24 @@ impl AttachPlan {
     pub(crate) fn config(&self, target: TargetAddress) -> AttachConfig {
         let selector = self.selector.clone();
         AttachConfig::new(&self.args, &self.identity, Uri { target, selector })
+    }
+}
+
+impl fmt::Display for AttachPlan {
+    /// What is asked for, whatever way leads to it: the subsystem and the namespace, or the search.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.source {
+            Source::Search(search) => write!(f, "{search}"),
+            Source::Paths(paths) => {
+                if let Some(path) = paths.first() {
+                    write!(f, "{}", path.subnqn)?;
+                }
+                match &self.selector {
+                    NamespaceSelector::Only => Ok(()),
+                    selector => write!(f, "?{selector}"),
+                }
+            }
+        }
     }
 }
 

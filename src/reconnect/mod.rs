@@ -13,8 +13,8 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nvmf::host::{Association, ControllerInfo, HostEvent};
-use tokio::sync::{mpsc, oneshot};
+use nvmf::host::{Association, ControllerInfo, HostEvent, NamespaceInfo};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::backoff::Backoff;
@@ -34,8 +34,8 @@ const FEAR: Duration = Duration::from_secs(120);
 pub(crate) struct PathSetup {
     /// The disk, for the log.
     pub(crate) name: String,
-    /// The association, whose queue pairs the lanes have.
-    pub(crate) association: Association,
+    /// The association, whose queue pairs the lanes have; `None` when the controller is away, and they have none.
+    pub(crate) association: Option<Association>,
     /// The namespace.
     pub(crate) namespace: NamespaceEvents,
     /// The keep-alive time-out that was asked for.
@@ -93,7 +93,7 @@ struct Outage {
 }
 
 impl Path {
-    /// A path that is connected.
+    /// A path that is connected, or is to be.
     pub(crate) fn new(setup: PathSetup) -> Self {
         let PathSetup {
             name,
@@ -108,9 +108,15 @@ impl Path {
         let most = patience.map_or(Duration::ZERO, |patience| patience.reconnect_delay);
         Self {
             name,
-            state: State::Connected,
-            events: association.events(),
-            association: Some(association),
+            state: match association {
+                Some(_) => State::Connected,
+                None => State::Waiting,
+            },
+            events: match &mut association {
+                Some(association) => association.events(),
+                None => mpsc::channel(1).1,
+            },
+            association,
             number: FIRST_ASSOCIATION,
             nsid: namespace.namespace().nsid,
             namespace,
@@ -126,6 +132,11 @@ impl Path {
         }
     }
 
+    /// The namespace, and when it is another.
+    pub(crate) fn namespace(&self) -> watch::Receiver<NamespaceInfo> {
+        self.namespace.seen()
+    }
+
     /// Keeps the disk connected until `stop` comes, or its sender goes away. Gives the association, if there is
     /// one then.
     pub(crate) async fn run(mut self, stop: oneshot::Receiver<()>) -> Option<Association> {
@@ -138,6 +149,18 @@ impl Path {
 
     /// Never ends.
     async fn keep(&mut self) {
+        if self.association.is_none()
+            && let Some(way_back) = self.way_back.clone()
+        {
+            let mut outage = Outage {
+                since: Instant::now(),
+                unanswered: 0,
+                attempts: 0,
+                loud: true,
+            };
+            self.await_failure(outage.since, way_back.patience);
+            self.recover(&way_back, &mut outage).await;
+        }
         loop {
             let cause = self.lost().await;
             self.enter(Event::Lost);

@@ -18,6 +18,7 @@ mod ring;
 mod scripted;
 
 mod access;
+mod away;
 mod bad_peers;
 mod controller_limits;
 mod data;

@@ -279,6 +279,39 @@ pub enum HostError {
 
 impl HostError {
     /// How far the attempt got, to choose which of several addresses' errors says most.
+    /// Whether it may pass by itself: what is asked for may just not be there now. False where the two sides do not
+    /// agree, and somebody has to change something.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Resolve { .. }
+            | Self::Refused { .. }
+            | Self::Unreachable { .. }
+            | Self::HandshakeTimedOut { .. }
+            | Self::HandshakeClosed { .. }
+            | Self::Transport { .. }
+            | Self::UnknownSubsystem { .. }
+            | Self::Busy { .. }
+            | Self::ConnectDropped { .. }
+            | Self::Command { .. }
+            | Self::TimedOut { .. }
+            | Self::TooSlow { .. }
+            | Self::Lost { .. }
+            | Self::NeverReady { .. }
+            | Self::Fatal { .. }
+            | Self::NoSuchNamespace { .. }
+            | Self::NoNamespaces { .. } => true,
+            Self::Option { .. }
+            | Self::Handshake { .. }
+            | Self::TlsDemanded { .. }
+            | Self::HostNotAllowed { .. }
+            | Self::ParameterRefused { .. }
+            | Self::AuthenticationDemanded { .. }
+            | Self::Unusable { .. }
+            | Self::SeveralNamespaces { .. }
+            | Self::UnusableNamespace { .. } => false,
+        }
+    }
+
     pub(super) fn depth(&self) -> u8 {
         match self {
             Self::Option { .. } | Self::Resolve { .. } | Self::Unreachable { .. } => 0,
