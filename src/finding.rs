@@ -60,7 +60,12 @@ pub(crate) async fn find(
     search: &Search,
     options: &HostOptions,
 ) -> Result<Vec<TargetAddress>, FindError> {
-    let found = explore(registry, &search.controller.targets(), options).await;
+    // What is asked of the disk's controllers is not asked of this one.
+    let plain = HostOptions {
+        connect_timeout: options.connect_timeout,
+        ..HostOptions::new(options.hostnqn.clone(), options.hostid)
+    };
+    let found = explore(registry, &search.controller.targets(), &plain).await;
     let found = found.map_err(FindError::NoAnswer)?;
     for it in &found.unfollowed {
         tracing::warn!(

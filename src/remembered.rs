@@ -128,7 +128,9 @@ impl StateDirectory {
             };
         }
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-        let service = variable("STATE_DIRECTORY").map(PathBuf::from);
+        // There may be several, separated by colons.
+        let service = variable("STATE_DIRECTORY")
+            .and_then(|paths| Some(PathBuf::from(paths.to_str()?.split(':').next()?)));
         let system = Some(PathBuf::from(SYSTEM)).filter(|path| path.is_dir());
         let user = variable("XDG_STATE_HOME").map(|home| Path::new(&home).join("vhost-nvmf"));
         let candidates = [service, system, user].into_iter().flatten();

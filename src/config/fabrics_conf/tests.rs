@@ -1,5 +1,7 @@
 //! Files of connections: what wins, what is refused with its line, and what of it becomes of one disk.
 
+use proptest::prelude::*;
+
 use super::*;
 
 const VOL1: &str = "nqn.2024-01.com.example:vol1";
@@ -427,4 +429,50 @@ fn a_file_that_is_not_one_is_named() {
     assert!(error("big.conf").contains("1 MiB"));
     std::fs::write(directory.path().join("binary.conf"), [0xff, 0xfe]).unwrap();
     assert!(error("binary.conf").contains("UTF-8"));
+}
+
+/// A line as somebody could have written it, right or wrong.
+fn some_line() -> impl Strategy<Value = String> {
+    let word = prop::sample::select(vec![
+        "[Host]",
+        "[Subsystem]",
+        "[Discovery Controller]",
+        "[I/O Controller Defaults]",
+        "[",
+        "]",
+        "=",
+        ";",
+        "#",
+        "nqn",
+        "hostnqn",
+        "hostid",
+        "controller",
+        "transport=tcp",
+        "traddr=",
+        "traddr=h",
+        "trsvcid=4420",
+        "queue-size",
+        "tls",
+        "nqn.2024-01.com.example:vol1",
+        "46ba5037-7ce5-41fa-9452-48477bf00080",
+        "99999999999999999999",
+        "-1",
+        "\u{e9}\u{0}",
+    ]);
+    prop::collection::vec(word, 0..6).prop_map(|words| words.concat())
+}
+
+proptest! {
+    /// Whatever a file has, there is an answer of one line.
+    #[test]
+    fn no_file_is_beyond_words(lines in prop::collection::vec(some_line(), 0..12)) {
+        let files = Files::new(&lines.join("\n"), &[]);
+        let read = files.read().and_then(|conf| {
+            conf.discovery_controllers()?;
+            conf.subsystem(None)
+        });
+        if let Err(error) = read {
+            prop_assert!(!error.to_string().contains('\n'));
+        }
+    }
 }

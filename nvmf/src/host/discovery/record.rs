@@ -201,3 +201,77 @@ fn host(address: IpAddr, told_by: SocketAddr) -> String {
         (address, _) => address.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use zerocopy::FromBytes;
+
+    use super::*;
+    use crate::spec::discovery::RECORD_LEN;
+
+    /// Records that are mostly right, so that every field is looked at.
+    fn some_record() -> impl Strategy<Value = Vec<u8>> {
+        let field = |text: &'static [&'static str], len: usize| {
+            let noise = prop::collection::vec(any::<u8>(), 0..8);
+            (prop::sample::select(text), noise).prop_map(move |(text, noise)| {
+                let mut field = text.as_bytes().to_vec();
+                field.extend(noise);
+                field.resize(len, 0);
+                field
+            })
+        };
+        let head = prop::collection::vec(0u8..5, 4);
+        let ids = prop::sample::select(vec![0xffu8, 0]);
+        (
+            head,
+            ids,
+            field(&["4420", "", "0"], 32),
+            field(&["nqn.2026-01.org.example:d", ""], 256),
+            field(&["192.0.2.1", "fe80::1", "::ffff:1.2.3.4", "::", "h"], 256),
+        )
+            .prop_map(|(head, id, trsvcid, subnqn, traddr)| {
+                let mut record = vec![0; RECORD_LEN];
+                record[..4].copy_from_slice(&head);
+                record[6..8].fill(id);
+                record[32..64].copy_from_slice(&trsvcid);
+                record[256..512].copy_from_slice(&subnqn);
+                record[512..768].copy_from_slice(&traddr);
+                record
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_record_has_what_is_shown_of_it_is_text_and_what_it_leads_to_is_an_address(
+            bytes in some_record()
+        ) {
+            let at: SocketAddr = "[fe80::2%3]:8009".parse().unwrap();
+            match digest(DiscoveryRecord::ref_from_bytes(&bytes).unwrap(), at) {
+                Ok(record) => {
+                    prop_assert!(!record.traddr.contains(char::is_control));
+                    prop_assert!(!record.trsvcid.contains(char::is_control));
+                    if let Ok(target) = &record.target {
+                        prop_assert!(target.literal().is_some(), "{}", target);
+                    }
+                    prop_assert_eq!(record.lead(), record.lead());
+                }
+                Err(reason) => prop_assert!(!reason.contains(char::is_control), "{}", reason),
+            }
+        }
+    }
+
+    #[test]
+    fn a_link_local_address_is_on_the_link_over_which_it_was_told() {
+        for (told_by, address, host) in [
+            ("[fe80::2%3]:8009", "fe80::1", "fe80::1%3"),
+            ("[fd00::2]:8009", "fe80::1", "fe80::1"),
+            ("[fe80::2%3]:8009", "fd00::1", "fd00::1"),
+            ("192.0.2.1:8009", "fe80::1", "fe80::1"),
+            ("[fe80::2%3]:8009", "::ffff:192.0.2.9", "192.0.2.9"),
+        ] {
+            let (at, address) = (told_by.parse().unwrap(), address.parse().unwrap());
+            assert_eq!(super::host(address, at), host);
+        }
+    }
+}
