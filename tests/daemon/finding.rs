@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use serde_json::Value;
+
 use crate::daemons::{Attach, Directory, Export};
 use crate::front_end::{FrontEnd, OK};
 use crate::process::Process;
@@ -55,6 +57,13 @@ fn refused(args: &[&str]) -> String {
     lines[0].clone()
 }
 
+/// The fields of the first such line of the log, once it is there.
+#[track_caller]
+fn logged(attach: &Attach, message: &str) -> Value {
+    attach.process.await_log(|line| line.contains(message));
+    attach.process.logged(message).remove(0)
+}
+
 /// The NQN and the port of an export.
 fn of(export: &Export) -> (String, String) {
     let nqn = export.subsystem().rsplit('/').next().expect("an NQN");
@@ -93,12 +102,12 @@ fn a_disk_is_attached_as_the_file_says_unless_the_command_line_says_otherwise() 
     for (args, queues) in [(&[][..], 1), (&["--nr-io-queues", "2"], 2)] {
         let args = [&["--nqn", nqn, "--namespace", "nsid=2"], args].concat();
         let mut attach = conf.attach(&args);
-        let host = attach.process.logged("this host").remove(0);
+        let host = logged(&attach, "this host");
         assert_eq!(
             (&host["hostnqn"], &host["hostid"]),
             (&HOST.into(), &HOSTID.into())
         );
-        let attached = attach.process.logged("namespace attached").remove(0);
+        let attached = logged(&attach, "namespace attached");
         assert_eq!(attached["io_queues"], queues, "{attached}");
         assert_eq!(attached["nsid"], 2);
         let mut guest = FrontEnd::connect(&attach.socket);
@@ -148,7 +157,7 @@ fn a_disk_is_attached_by_what_discovery_tells() {
     let host = ["--hostnqn", HOST];
     for query in ["?nqn=*:fo?nd&nsid=2", "?nsid=2"] {
         let mut attach = Attach::start_with(&host, &format!("{controller}{query}"));
-        let attached = attach.process.logged("namespace attached").remove(0);
+        let attached = logged(&attach, "namespace attached");
         assert_eq!(attached["nsid"], 2);
         assert_eq!(attached["disk"], format!("{}?nsid=2", export.subsystem()));
         let mut guest = FrontEnd::connect(&attach.socket);
