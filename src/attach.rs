@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nvmf::host::{HostError, NamespaceInfo, TargetAddress};
 use nvmf::transport::Registry;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use crate::config::{AttachConfig, AttachPlan, Source};
@@ -33,6 +33,8 @@ pub(crate) struct Beside {
     rediscovery: Option<Rediscovery>,
     memory: Option<Memory>,
     namespace: watch::Receiver<NamespaceInfo>,
+    /// Where paths are told that are new.
+    more: mpsc::Sender<TargetAddress>,
 }
 
 /// What a disk is remembered as.
@@ -88,11 +90,12 @@ impl Attached {
             None => connect.await,
         };
         let error = match connected {
-            Ok((backing, config, ways)) => {
+            Ok((mut backing, config, ways)) => {
+                backing.others = others(&ways);
                 let rediscovery = rediscovery(&registry, plan, &config, ways.clone());
                 let remembered = Remembered {
                     namespace: backing.namespace.clone(),
-                    io_queues: u16::try_from(backing.pairs.len()).unwrap_or(u16::MAX),
+                    io_queues: u16::try_from(backing.lanes).unwrap_or(u16::MAX),
                     ways,
                 };
                 let memory = state.map(|state| Memory {
@@ -119,7 +122,8 @@ impl Attached {
             disk = %config.uri,
             "{error}; the disk is offered as it was before, and requests wait until its target is there"
         );
-        let backing = Disk::away(Arc::clone(&registry), &config, &remembered);
+        let mut backing = Disk::away(Arc::clone(&registry), &config, &remembered);
+        backing.others = others(&remembered.ways);
         let rediscovery = rediscovery(&registry, plan, &config, remembered.ways.clone());
         let memory = Some(Memory {
             state,
@@ -178,6 +182,7 @@ impl Attached {
             rediscovery,
             memory,
             namespace: disk.namespace(),
+            more: disk.more_paths(),
         };
         Self {
             disk,
@@ -190,6 +195,11 @@ impl Attached {
     pub(crate) fn into_parts(self) -> (Disk, Beside) {
         (self.disk, self.beside)
     }
+}
+
+/// The ways but the first, which is the one that is gone at the start.
+fn others(ways: &[TargetAddress]) -> Vec<TargetAddress> {
+    ways.iter().skip(1).cloned().collect()
 }
 
 fn rediscovery(
@@ -216,7 +226,13 @@ impl Beside {
     pub(crate) async fn run(self) {
         let rediscovered = async {
             match self.rediscovery {
-                Some(rediscovery) => rediscovery.run(|_| {}).await,
+                Some(rediscovery) => {
+                    let more = self.more;
+                    // A disk that has as many as it takes needs no more.
+                    rediscovery
+                        .run(|way| drop(more.try_send(way.clone())))
+                        .await;
+                }
                 None => std::future::pending().await,
             }
         };

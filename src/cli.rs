@@ -19,6 +19,7 @@ use nvmf::spec::ana::AnaState;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
+use crate::bridge::path_choice::IoPolicy;
 use crate::config::ids::parse_uuid;
 use crate::config::uri::parse_selector;
 use crate::config::{DiscoveryUri, Locator, Serial, Spec, Uri};
@@ -181,6 +182,23 @@ pub(crate) struct AttachArgs {
         value_parser = value_parser!(u16).range(limits::KEEP_ALIVE_SECONDS)
     )]
     pub(crate) keep_alive_tmo: u16,
+    /// Seconds that connecting to a controller may take, until it is known what it can do; and each later step
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = limits::DEFAULT_CONNECT_SECONDS,
+        value_parser = value_parser!(u16).range(limits::CONNECT_SECONDS)
+    )]
+    pub(crate) connect_timeout: u16,
+    /// Seconds after which a command without an answer has its controller taken for lost, or up to a quarter later;
+    /// 0 waits for ever
+    #[arg(
+        long,
+        value_name = "S",
+        default_value_t = limits::DEFAULT_IO_SECONDS,
+        value_parser = value_parser!(u32).range(limits::IO_SECONDS)
+    )]
+    pub(crate) io_timeout: u32,
     /// Seconds between two attempts to get a lost controller back, at most: the first is made at once, the next
     /// after one second, then after twice as long each time
     #[arg(
@@ -262,6 +280,13 @@ pub(crate) struct AttachArgs {
         conflicts_with = "config_fabrics"
     )]
     pub(crate) uri: Option<Locator>,
+    /// Another path to the same namespace of the same subsystem, at another address; may be given several times. It is
+    /// verified when it is connected, and connected whenever it can be
+    #[arg(long, value_name = "URI", requires = "uri")]
+    pub(crate) path: Vec<Uri>,
+    /// How commands are spread over paths that are equally good
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
+    pub(crate) iopolicy: IoPolicy,
     /// Names of the options that are given.
     #[arg(skip)]
     pub(crate) given: BTreeSet<String>,
@@ -562,7 +587,7 @@ impl CommandLine {
     /// What no single option shows to be wrong.
     fn check(self) -> Result<Self, clap::Error> {
         let checked = match &self.command {
-            Command::Attach(args) => args.disk.rates.check(),
+            Command::Attach(args) => args.disk.rates.check().and_then(|()| args.check_paths()),
             Command::Serve(args) => args.disk.rates.check(),
             _ => Ok(()),
         };
@@ -570,6 +595,36 @@ impl CommandLine {
             Ok(()) => Ok(self),
             Err(message) => Err(Self::command().error(ErrorKind::ArgumentConflict, message)),
         }
+    }
+}
+
+impl AttachArgs {
+    /// Every path leads to one subsystem.
+    fn check_paths(&self) -> Result<(), String> {
+        let target = match &self.uri {
+            Some(Locator::Namespace(Uri { target, .. })) => target,
+            Some(Locator::Search(_)) if !self.path.is_empty() => {
+                return Err(
+                    "--path is for a URI that names the subsystem; discovery finds paths itself"
+                        .to_owned(),
+                );
+            }
+            _ => return Ok(()),
+        };
+        let other = self
+            .path
+            .iter()
+            .find(|path| path.target.subnqn != target.subnqn);
+        if let Some(other) = other {
+            return Err(format!(
+                "--path {other} is of another subsystem than {}; all paths of a disk lead to one",
+                target.subnqn
+            ));
+        }
+        if self.path.len() >= limits::MAX_PATHS {
+            return Err(format!("a disk has at most {} paths", limits::MAX_PATHS));
+        }
+        Ok(())
     }
 }
 

@@ -6,22 +6,25 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nvmf::host::{Association, ControllerInfo, HostError, NamespaceInfo};
-use nvmf::transport::{HostQueuePair, Registry};
+use nvmf::host::{Association, ControllerInfo, HostError, NamespaceInfo, TargetAddress};
+use nvmf::transport::Registry;
 use tokio::net::UnixListener;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use vhost_user_blk::{Device, Queue, QueueUpdate, Rings, serve};
 
 use crate::bridge::geometry::{self, Choices};
+use crate::bridge::path_choice::IoPolicy;
 use crate::bridge::translate::Limits;
 use crate::config::{AttachConfig, Uri};
-use crate::limits::{LANE_SLOTS, MAILBOX};
+use crate::limits::{LANE_SLOTS, MAILBOX, MAX_PATHS};
 use crate::metrics::DiskCounters;
 use crate::namespace_events::NamespaceEvents;
-use crate::reconnect::way_back::WayBack;
-use crate::reconnect::{Path, PathSetup};
+use crate::reconnect::crowd::Crowd;
+use crate::reconnect::way_back::{Found, WayBack};
+use crate::reconnect::{Paths, PathsSetup};
 use crate::remembered::Remembered;
 use crate::worker::Worker;
 use crate::worker::lane::{DeviceLane, LaneSetup};
@@ -43,14 +46,18 @@ const GUEST_BLOCK_MAX: u32 = 4096;
 pub(crate) struct Backing {
     /// What it is called in the log.
     pub(crate) name: String,
-    /// The association with the controller; `None` while that is away.
-    pub(crate) association: Option<Association>,
+    /// The association of the first path, and what was found there; `None` while its controller is away.
+    pub(crate) first: Option<(Association, Found)>,
     /// The controller, as far as it is known.
     pub(crate) controller: ControllerInfo,
     /// The namespace.
     pub(crate) namespace: NamespaceInfo,
-    /// For each lane a connected I/O queue pair, or none while the controller is away; at least one.
-    pub(crate) pairs: Vec<Option<Box<dyn HostQueuePair>>>,
+    /// Lanes, at least one.
+    pub(crate) lanes: usize,
+    /// How commands are spread over paths.
+    pub(crate) policy: IoPolicy,
+    /// A path on which a command has no answer for so long is lost; zero waits for ever.
+    pub(crate) io_timeout: Duration,
     /// What it may do in a second.
     pub(crate) rates: Rates,
     /// How long a lane looks for work before it sleeps, at most.
@@ -61,6 +68,8 @@ pub(crate) struct Backing {
     pub(crate) drain: Duration,
     /// How to get back to the controller; `None` where its loss is the end.
     pub(crate) way_back: Option<WayBack>,
+    /// Where other paths lead to the same.
+    pub(crate) others: Vec<TargetAddress>,
 }
 
 impl Backing {
@@ -69,19 +78,22 @@ impl Backing {
         config: &AttachConfig,
         controller: ControllerInfo,
         namespace: NamespaceInfo,
-        pairs: Vec<Option<Box<dyn HostQueuePair>>>,
+        lanes: usize,
     ) -> Self {
         Self {
             name: config.uri.to_string(),
-            association: None,
+            first: None,
             controller,
             namespace,
-            pairs,
+            lanes,
+            policy: config.policy,
+            io_timeout: config.io_timeout,
             rates: config.rates,
             poll_max: config.poll_max,
             keep_alive: config.host.keep_alive_tmo,
             drain: config.drain,
             way_back: None,
+            others: Vec::new(),
         }
     }
 }
@@ -91,13 +103,16 @@ fn way_back(registry: Arc<Registry>, config: &AttachConfig) -> WayBack {
         registry,
         target: config.uri.target.clone(),
         host: config.host.clone(),
+        crowd: Arc::new(Crowd::default()),
         patience: config.patience,
     }
 }
 
 /// A disk that is served.
 pub(crate) struct Disk {
-    path: Path,
+    paths: Paths,
+    /// Where paths are told that are new.
+    more: mpsc::Sender<TargetAddress>,
     front: Front,
 }
 
@@ -123,9 +138,9 @@ impl Disk {
         let association = Association::connect(&registry, target, &config.host).await?;
         let opened = async {
             let namespace = association.select(selector).await?;
-            Ok((namespace, association.open_io_queues(&registry).await?))
+            Found::open(&association, &registry, namespace).await
         };
-        let (namespace, pairs) = match opened.await {
+        let found = match opened.await {
             Ok(opened) => opened,
             Err(error) => {
                 association.shutdown(SHUTDOWN).await;
@@ -140,11 +155,12 @@ impl Disk {
             model = controller.model,
             serial = controller.serial,
             firmware = controller.firmware,
-            nsid = namespace.nsid,
-            io_queues = pairs.len(),
+            nsid = found.namespace.nsid,
+            io_queues = found.pairs.len(),
+            access = %found.access,
             "namespace attached"
         );
-        if namespace.write_protected && !config.read_only {
+        if found.namespace.write_protected && !config.read_only {
             tracing::warn!(
                 disk = %config.uri,
                 "the namespace is write protected: writes fail until that changes; attach it with \
@@ -152,12 +168,11 @@ impl Disk {
             );
         }
         let controller = controller.clone();
-        let pairs = pairs.into_iter().map(Some).collect();
-        let (association, way_back) = (Some(association), Some(way_back(registry, config)));
+        let (namespace, lanes) = (found.namespace.clone(), found.pairs.len());
         Ok(Backing {
-            association,
-            way_back,
-            ..Backing::new(config, controller, namespace, pairs)
+            first: Some((association, found)),
+            way_back: Some(way_back(registry, config)),
+            ..Backing::new(config, controller, namespace, lanes)
         })
     }
 
@@ -168,11 +183,11 @@ impl Disk {
         remembered: &Remembered,
     ) -> Backing {
         let lanes = remembered.io_queues.min(config.host.nr_io_queues);
-        let pairs = (0..lanes.max(1)).map(|_| None).collect();
+        let lanes = usize::from(lanes.max(1));
         let controller = remembered.controller(&config.uri.target.subnqn);
         Backing {
             way_back: Some(way_back(registry, config)),
-            ..Backing::new(config, controller, remembered.namespace.clone(), pairs)
+            ..Backing::new(config, controller, remembered.namespace.clone(), lanes)
         }
     }
 
@@ -180,30 +195,38 @@ impl Disk {
     pub(crate) async fn new(backing: Backing, choices: Choices, workers: &[Worker]) -> Self {
         let Backing {
             name,
-            association,
+            first,
             controller,
             namespace,
-            pairs,
+            lanes: count,
+            policy,
+            io_timeout,
             rates,
             poll_max,
             keep_alive,
             drain,
             way_back,
+            others,
         } = backing;
         let limits = Limits::new(&controller, &namespace);
         let device = Device::new(geometry::device_options(&choices, &controller, &namespace));
         let counters = Arc::new(DiskCounters::default());
-        let mut lanes = Vec::with_capacity(pairs.len());
+        let mut lanes = Vec::with_capacity(count);
         let throttle = Throttle::new(&rates, Instant::now()).map(Arc::new);
-        let (loss, losses) = mpsc::channel(pairs.len().max(1));
-        for ((pair, worker), index) in pairs.into_iter().zip(workers.iter().cycle()).zip(0..) {
+        let reports = count.max(1) * MAX_PATHS;
+        let (loss, losses) = mpsc::channel(2 * reports);
+        let (change, changes) = mpsc::channel(reports);
+        let (more, new_paths) = mpsc::channel(MAX_PATHS);
+        for (worker, index) in workers.iter().cycle().take(count).zip(0..) {
             let (mailbox, mail) = Mailbox::new(MAILBOX);
             let setup = LaneSetup {
                 name: name.clone(),
                 index,
                 limits,
-                pairs: pair.into_iter().collect(),
+                policy,
                 losses: loss.clone(),
+                changes: change.clone(),
+                io_timeout,
                 mail,
                 counters: counters.lane(),
                 slots: LANE_SLOTS,
@@ -236,14 +259,17 @@ impl Disk {
             loss,
             namespace,
         );
-        let path = Path::new(PathSetup {
+        let paths = Paths::new(PathsSetup {
             name: name.clone(),
-            association,
+            first,
             namespace,
             keep_alive,
             lanes: lanes.clone(),
             losses,
+            changes,
+            new_paths,
             way_back,
+            others,
         });
         let front = Front {
             name,
@@ -252,16 +278,21 @@ impl Disk {
             drain,
             counters,
         };
-        Self { path, front }
+        Self { paths, more, front }
     }
 
     /// Its namespace, and when that is another.
     pub(crate) fn namespace(&self) -> watch::Receiver<NamespaceInfo> {
-        self.path.namespace()
+        self.paths.namespace()
+    }
+
+    /// Takes paths that are new, while the disk is served.
+    pub(crate) fn more_paths(&self) -> mpsc::Sender<TargetAddress> {
+        self.more.clone()
     }
 
     /// Serves front-ends, one after the other, until `stop` comes; then drains, shuts the
-    /// controller down, and logs the counters. Ends within two seconds of `stop`, also when the
+    /// controllers down, and logs the counters. Ends within two seconds of `stop`, also when a
     /// controller is dead or away.
     ///
     /// # Errors
@@ -271,17 +302,20 @@ impl Disk {
         listener: StdUnixListener,
         stop: impl Future<Output = ()>,
     ) -> io::Result<()> {
-        let Self { path, front } = self;
+        let Self { paths, front, .. } = self;
         let (end, ended) = oneshot::channel();
         let served = async {
             let served = front.serve(listener, stop).await;
             drop(end);
             served
         };
-        let (association, served) = tokio::join!(path.run(ended), served);
-        if let Some(association) = association {
-            association.shutdown(SHUTDOWN).await;
-        }
+        let (associations, served) = tokio::join!(paths.run(ended), served);
+        // All at once, so that many take no longer than one.
+        let ends: JoinSet<()> = associations
+            .into_iter()
+            .map(|association| association.shutdown(SHUTDOWN))
+            .collect();
+        ends.join_all().await;
         front.counters.totals().log(&front.name);
         served
     }

@@ -43,6 +43,16 @@ pub(crate) const KEEP_ALIVE_SECONDS: RangeInclusive<i64> = 0..=3600;
 /// Short, because a write whose fate is unknown holds later writes back for a multiple of it.
 pub(crate) const DEFAULT_KEEP_ALIVE_SECONDS: u16 = 5;
 
+/// Seconds that connecting may take.
+pub(crate) const CONNECT_SECONDS: RangeInclusive<i64> = 1..=3600;
+/// See [`CONNECT_SECONDS`]: short, because the next attempt may find another address.
+pub(crate) const DEFAULT_CONNECT_SECONDS: u16 = 5;
+
+/// Seconds that a command may be outstanding; 0 is for ever.
+pub(crate) const IO_SECONDS: RangeInclusive<i64> = 0..=86_400;
+/// As Linux has.
+pub(crate) const DEFAULT_IO_SECONDS: u32 = 30;
+
 /// Seconds between two attempts to get a lost controller back, at most.
 pub(crate) const RECONNECT_DELAY_SECONDS: RangeInclusive<i64> = 1..=3600;
 /// Short: a guest waits, and an attempt costs little.
@@ -95,6 +105,13 @@ pub(crate) const MAX_SLOTS: usize = 1 << 16;
 /// Guest requests in flight on one lane, unless its rings are deeper: what a queue pair of the
 /// default size carries several times over.
 pub(crate) const LANE_SLOTS: usize = 1024;
+
+/// Paths of one disk: more than there are controllers of any subsystem that a host connects to, and few enough to
+/// look at each for every command.
+pub(crate) const MAX_PATHS: usize = 16;
+
+/// Attempts that a request has after the first, where the controller says that one may succeed. As Linux has.
+pub(crate) const MAX_RETRIES: u8 = 5;
 
 /// Messages in a lane's mailbox: a session waits for each answer, so there are never many.
 pub(crate) const MAILBOX: usize = 16;

@@ -101,6 +101,7 @@ impl Remembered {
             volatile_write_cache: true,
             max_write_zeroes: None,
             deallocate: DeallocateLimits::default(),
+            retry_delays: Default::default(),
             liveness: Liveness::default(),
             cmic: 0,
             ana: None,

@@ -12,9 +12,11 @@ use nvmf::transport::{HostQueuePair, Lane, Registry};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use crate::bridge::path_choice::{Access, IoPolicy};
 use crate::config::{Machine, ServeConfig};
 use crate::disk::{Backing, Disk};
 use crate::limits;
+use crate::reconnect::way_back::Found;
 use crate::storage::{self, StorageError};
 use crate::worker::Worker;
 
@@ -92,15 +94,26 @@ impl Local {
         let backing = Backing {
             name: config.namespace.to_string(),
             controller: association.controller().clone(),
-            association: Some(association),
-            namespace,
-            pairs: pairs.into_iter().map(Some).collect(),
+            namespace: namespace.clone(),
+            lanes: pairs.len(),
+            first: Some((
+                association,
+                Found {
+                    namespace,
+                    access: Access::Optimized,
+                    pairs,
+                },
+            )),
+            policy: IoPolicy::default(),
+            // Storage that does not answer is waited for, as an operating system does.
+            io_timeout: Duration::ZERO,
             rates: config.rates,
             poll_max: config.poll_max,
             keep_alive: options.keep_alive_tmo,
             drain: LOCAL_DRAIN,
             // A controller in the same process does not come back on its own.
             way_back: None,
+            others: Vec::new(),
         };
         let disk = Disk::new(backing, config.choices, workers).await;
         Ok((local, disk))

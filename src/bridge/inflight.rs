@@ -5,9 +5,11 @@
 //! requests, so that one that needs a thousand delays nobody for long; they carry a token by which
 //! their completions find the slot again. A token that no command is outstanding for is noticed.
 //!
-//! A request some of whose commands were lost with their queue pair waits again, and starts anew on the next:
-//! everything that a guest can ask for may be done twice. One that writes where another of unknown fate may
-//! still write is set aside until the fence is gone, and delays nobody else.
+//! A request some of whose commands were lost with their path, or failed in passing, is parked and begins anew,
+//! whole, when that may be: everything that a guest can ask for may be done twice. What was lost with a path begins
+//! anew once the loss is released, which is when every lane of the disk knows the fences that it left. A request
+//! that writes where another of unknown fate may still write is set aside until the fence is gone, and delays
+//! nobody else.
 
 use std::collections::VecDeque;
 
@@ -16,10 +18,15 @@ use nvmf::transport::{Completion, Rejected, RejectedReason, Transfer};
 use vhost_user_blk::Operation;
 
 use super::fence::{Fence, Fences, Owner};
+use super::path_choice::PathSet;
+use super::retry::pause;
 use super::status::Outcome;
 use super::transfer::{Storage, give_back, lend};
 use super::translate::{Limits, PartData, Plan, RANGES_BYTES, Request};
-use crate::limits::MAX_SLOTS;
+use crate::limits::{MAX_PATHS, MAX_RETRIES, MAX_SLOTS};
+
+/// An attempt that does not count is made as after so many that do.
+const UNCOUNTED: u8 = 2;
 
 /// Slots for requests; `T` is what the owner wants back with the result.
 #[derive(Debug)]
@@ -30,6 +37,10 @@ pub(crate) struct Inflight<T> {
     waiting: VecDeque<u16>,
     /// Slots with commands that a fence holds back.
     fenced: VecDeque<u16>,
+    /// Slots whose requests begin anew later.
+    parked: VecDeque<u16>,
+    /// Tokens of requests that were under way when fences came that are against them.
+    overtaken: Vec<u64>,
     /// Slots whose result is to be taken.
     done: VecDeque<u16>,
     scratch: Vec<u8>,
@@ -37,8 +48,29 @@ pub(crate) struct Inflight<T> {
     lane: u16,
     /// Requests that were opened.
     opened: u64,
-    /// What was handed to a queue pair that is gone and not completed, since this was last taken.
-    unknown: Unknown,
+    /// By path: what was handed to a queue pair that is gone and not completed, since this was last taken.
+    unknown: Vec<Unknown>,
+}
+
+/// Where commands go.
+pub(crate) trait Outlet {
+    /// The path for the next command, preferably none of `avoid`; `None` when there is no path to use.
+    fn choose(&mut self, avoid: PathSet) -> Option<usize>;
+
+    /// What the controller on that path takes; `None` when there is no such path.
+    fn limits(&self, path: usize) -> Option<&Limits>;
+
+    /// Hands a command to that path.
+    ///
+    /// # Errors
+    /// [`Rejected`] gives the data back.
+    fn submit(
+        &mut self,
+        path: usize,
+        sqe: Sqe,
+        transfer: Transfer,
+        token: u64,
+    ) -> Result<(), Rejected>;
 }
 
 /// What is left of a queue pair that is gone.
@@ -57,6 +89,21 @@ pub(crate) enum Fate {
     Known,
     /// Nobody knows: its queue pair is gone.
     Unknown,
+    /// It failed, and is worth another attempt.
+    Again(Again),
+}
+
+/// How a request that failed is attempted again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Again {
+    /// Milliseconds of the caller's clock, not 0.
+    pub(crate) now: u64,
+    /// The pause that the controller asks for, in milliseconds.
+    pub(crate) asked: Option<u64>,
+    /// On another path, if there is one.
+    pub(crate) elsewhere: bool,
+    /// It is one of the attempts that a request has.
+    pub(crate) counted: bool,
 }
 
 #[derive(Debug)]
@@ -69,10 +116,18 @@ struct Slot<T> {
 #[derive(Debug)]
 struct Entry<T> {
     guest: T,
-    /// Its number among all of the lane.
-    number: u64,
-    /// It lost a command since it began, or began anew.
-    lost: bool,
+    /// Names it in the whole disk.
+    owner: Owner,
+    /// The paths whose loss took commands of it and was not released yet.
+    lost: PathSet,
+    /// It is parked: nothing of it is issued until it begins anew.
+    parked: bool,
+    /// When it may begin anew; 0 is at once.
+    due: u64,
+    /// Paths that it failed on.
+    avoid: PathSet,
+    /// Attempts that failed and counted.
+    retries: u8,
     operation: Operation,
     plan: Plan,
     /// Commands submitted and not completed.
@@ -106,11 +161,13 @@ impl<T> Inflight<T> {
             free: (0..=u16::MAX).take(capacity).rev().collect(),
             waiting: VecDeque::with_capacity(capacity),
             fenced: VecDeque::with_capacity(capacity),
+            parked: VecDeque::with_capacity(capacity),
+            overtaken: Vec::new(),
             done: VecDeque::with_capacity(capacity),
             scratch: Vec::with_capacity(RANGES_BYTES),
             lane,
             opened: 0,
-            unknown: Unknown::default(),
+            unknown: vec![Unknown::default(); MAX_PATHS],
         }
     }
 
@@ -154,8 +211,15 @@ impl<T> Inflight<T> {
         if let Some(slot) = self.slots.get_mut(usize::from(index)) {
             slot.entry = Some(Entry {
                 guest,
-                number: self.opened,
-                lost: false,
+                owner: Owner {
+                    lane: self.lane,
+                    request: self.opened,
+                },
+                lost: PathSet::EMPTY,
+                parked: false,
+                due: 0,
+                avoid: PathSet::EMPTY,
+                retries: 0,
                 operation,
                 plan,
                 outstanding: 0,
@@ -166,15 +230,15 @@ impl<T> Inflight<T> {
         Ok(())
     }
 
-    /// Submits waiting commands until there are none, or one is rejected: then it stays, and the
-    /// reason is returned. `limits` are those that the requests were opened or started anew with. Requests
-    /// that `fences` forbid are set aside until [`Self::fences_changed`].
+    /// Submits waiting commands until there are none, there is no path, or one is rejected: then it stays, and
+    /// the reason is returned. `limits` are the disk's. Requests that `fences` forbid are set aside until
+    /// [`Self::fences_changed`].
     pub(crate) fn issue(
         &mut self,
         limits: &Limits,
         fences: &Fences,
         storage: &mut Storage,
-        mut submit: impl FnMut(Sqe, Transfer, u64) -> Result<(), Rejected>,
+        outlet: &mut impl Outlet,
     ) -> Option<RejectedReason> {
         while let Some(&index) = self.waiting.front() {
             let Some(slot) = self.slots.get_mut(usize::from(index)) else {
@@ -186,19 +250,16 @@ impl<T> Inflight<T> {
                 self.waiting.pop_front();
                 continue;
             };
-            if !fences.is_empty() && entry.is_forbidden(limits, fences, self.lane) {
+            if !fences.is_empty() && entry.is_forbidden(limits, fences) {
                 self.waiting.pop_front();
                 self.fenced.push_back(index);
                 continue;
             }
+            let path = outlet.choose(entry.avoid)?;
             let mut plan = entry.plan;
-            match entry.submit_next(
-                &mut plan,
-                limits,
-                &mut self.scratch,
-                storage,
-                |sqe, data| submit(sqe, data, token),
-            ) {
+            let taken = *outlet.limits(path)?;
+            let submit = |sqe, data| outlet.submit(path, sqe, data, token);
+            match entry.submit_next(&mut plan, &taken, &mut self.scratch, storage, submit) {
                 Ok(()) => entry.plan = plan,
                 Err(Stopped::Rejected(reason)) => return Some(reason),
                 Err(Stopped::Impossible) => entry.give_up(Status::INTERNAL_ERROR),
@@ -213,11 +274,12 @@ impl<T> Inflight<T> {
         None
     }
 
-    /// Takes the completion of a command; its memory goes back to its request. False when no such
-    /// command was outstanding: the transport has broken its contract. Of a command of unknown fate, what
-    /// it may still write is remembered for [`Self::take_unknown`].
+    /// Takes the completion of a command that was submitted on `path`; its memory goes back to its request.
+    /// False when no such command was outstanding: the transport has broken its contract. Of a command of
+    /// unknown fate, what it may still write is remembered for [`Self::take_unknown`].
     pub(crate) fn settle(
         &mut self,
+        path: usize,
         completion: Completion,
         fate: Fate,
         limits: &Limits,
@@ -240,52 +302,94 @@ impl<T> Inflight<T> {
             storage,
         );
         entry.outstanding -= 1;
-        if fate == Fate::Unknown {
-            if !std::mem::replace(&mut entry.lost, true) {
-                self.unknown.requests += 1;
-                let owner = entry.owner(self.lane);
-                entry.fence(owner, limits, &mut self.unknown.fences);
+        let status = completion.cqe.status();
+        let begins_anew = match fate {
+            Fate::Unknown => {
+                if !entry.lost.insert(path)
+                    && let Some(unknown) = self.unknown.get_mut(path)
+                {
+                    unknown.requests += 1;
+                    entry.fence(limits, &mut unknown.fences);
+                }
+                true
             }
-            if entry.outcome == Outcome::Done && entry.plan.is_done() {
-                // Whatever was done of it before is done again.
-                entry.start_anew(limits);
-                self.waiting.push_back(index);
+            Fate::Again(again) => entry.attempts_again(path, again),
+            Fate::Known => false,
+        };
+        let begins_anew = begins_anew && entry.outcome == Outcome::Done;
+        if begins_anew {
+            if !std::mem::replace(&mut entry.parked, true) {
+                self.parked.push_back(index);
+                if !entry.plan.is_done() {
+                    // Whatever was done of it before is done again.
+                    entry.plan = Plan::DONE;
+                    self.waiting.retain(|&waiting| waiting != index);
+                    self.fenced.retain(|&fenced| fenced != index);
+                }
             }
-        } else if let status = completion.cqe.status()
-            && !status.is_success()
-        {
+        } else if fate != Fate::Unknown && !status.is_success() {
             // What was not submitted would only hide where the request failed.
             if !entry.plan.is_done() {
                 self.waiting.retain(|&waiting| waiting != index);
                 self.fenced.retain(|&fenced| fenced != index);
             }
+            if std::mem::take(&mut entry.parked) {
+                self.parked.retain(|&parked| parked != index);
+            }
             entry.give_up(status);
         }
-        if entry.outstanding == 0 && entry.plan.is_done() {
+        if entry.parked {
+            if entry.begins(0) {
+                self.begin_anew(0, limits);
+            }
+        } else if entry.outstanding == 0 && entry.plan.is_done() {
             self.done.push_back(index);
         }
         true
     }
 
-    /// What was handed to queue pairs that are gone and not completed, since the last call.
-    pub(crate) fn take_unknown(&mut self) -> Unknown {
-        std::mem::take(&mut self.unknown)
+    /// What was handed to queue pairs of `path` that are gone and not completed, since the last call.
+    pub(crate) fn take_unknown(&mut self, path: usize) -> Unknown {
+        let unknown = self.unknown.get_mut(path);
+        unknown.map(std::mem::take).unwrap_or_default()
     }
 
-    /// Has every request that waits begin anew, for another queue pair: what the controller takes may be
-    /// different now. No command may be outstanding.
-    pub(crate) fn start_anew(&mut self, limits: &Limits) {
-        self.fences_changed();
-        for _ in 0..self.waiting.len() {
-            let Some(index) = self.waiting.pop_front() else {
+    /// The fences that lost paths have left are known to all lanes: what was lost with these paths begins anew.
+    pub(crate) fn release(&mut self, paths: PathSet, limits: &Limits) {
+        for index in &self.parked {
+            let slot = self.slots.get_mut(usize::from(*index));
+            if let Some(entry) = slot.and_then(|slot| slot.entry.as_mut()) {
+                entry.lost.remove_all(paths);
+            }
+        }
+        self.begin_anew(0, limits);
+    }
+
+    /// When the next request that is parked for a time may begin anew, in milliseconds of the caller's clock.
+    pub(crate) fn next_due(&self) -> Option<u64> {
+        let due = |index: &u16| {
+            let entry = self.slots.get(usize::from(*index))?.entry.as_ref()?;
+            (entry.due > 0 && entry.begins(u64::MAX)).then_some(entry.due)
+        };
+        self.parked.iter().filter_map(due).min()
+    }
+
+    /// Has every parked request begin anew that may: nothing of it is outstanding, its losses are released, and
+    /// its time has come.
+    pub(crate) fn begin_anew(&mut self, now: u64, limits: &Limits) {
+        for _ in 0..self.parked.len() {
+            let Some(index) = self.parked.pop_front() else {
                 return;
             };
             let slot = self.slots.get_mut(usize::from(index));
             let Some(entry) = slot.and_then(|slot| slot.entry.as_mut()) else {
                 continue;
             };
+            if !entry.begins(now) {
+                self.parked.push_back(index);
+                continue;
+            }
             entry.start_anew(limits);
-            entry.lost = false;
             if entry.plan.is_done() {
                 self.done.push_back(index);
             } else {
@@ -299,18 +403,48 @@ impl<T> Inflight<T> {
         self.waiting.append(&mut self.fenced);
     }
 
+    /// Remembers which requests have commands outstanding that `fences` forbid from now on.
+    pub(crate) fn note_overtaken(&mut self, limits: &Limits, fences: &Fences) {
+        self.overtaken.clear();
+        if fences.is_empty() {
+            return;
+        }
+        for (slot, index) in self.slots.iter().zip(0..) {
+            let entry = slot.entry.as_ref().filter(|entry| entry.outstanding > 0);
+            if entry.is_some_and(|entry| entry.is_forbidden(limits, fences)) {
+                self.overtaken.push(token(slot.generation, index));
+            }
+        }
+    }
+
+    /// True while one of those has a command outstanding.
+    pub(crate) fn is_overtaken(&mut self) -> bool {
+        let Self {
+            overtaken, slots, ..
+        } = self;
+        overtaken.retain(|&token| {
+            let (generation, index) = parse_token(token);
+            let slot = slots.get(usize::from(index));
+            let slot = slot.filter(|slot| slot.generation == generation);
+            let entry = slot.and_then(|slot| slot.entry.as_ref());
+            entry.is_some_and(|entry| entry.outstanding > 0)
+        });
+        !overtaken.is_empty()
+    }
+
     /// Gives up every command that was not submitted. Those that were complete as ever.
     pub(crate) fn give_up_waiting(&mut self, status: Status) {
         self.give_up_some(status, true, |_| true);
     }
 
-    /// As [`Self::give_up_waiting`], of some requests: of those that are set aside, and with `all` of those
-    /// that wait for a queue pair, too.
+    /// As [`Self::give_up_waiting`], of some requests: of those that are set aside or parked, and with `all` of
+    /// those that wait for a path, too.
     pub(crate) fn give_up_some(&mut self, status: Status, all: bool, meant: impl Fn(&T) -> bool) {
         let Self {
             slots,
             waiting,
             fenced,
+            parked,
             done,
             ..
         } = self;
@@ -323,6 +457,7 @@ impl<T> Inflight<T> {
                 return true;
             }
             entry.give_up(status);
+            entry.parked = false;
             if entry.outstanding == 0 {
                 done.push_back(index);
             }
@@ -331,6 +466,7 @@ impl<T> Inflight<T> {
         if all {
             waiting.retain(&mut stays);
         }
+        parked.retain(&mut stays);
         fenced.retain(stays);
     }
 
@@ -357,34 +493,52 @@ enum Stopped {
 }
 
 impl<T> Entry<T> {
-    fn owner(&self, lane: u16) -> Owner {
-        Owner {
-            lane,
-            request: self.number,
-        }
-    }
-
-    fn is_forbidden(&self, limits: &Limits, fences: &Fences, lane: u16) -> bool {
-        let owner = self.owner(lane);
+    fn is_forbidden(&self, limits: &Limits, fences: &Fences) -> bool {
         let mut written = limits.written(Request::from(&self.operation));
-        written.any(|blocks| fences.forbid(owner, &blocks))
+        written.any(|blocks| fences.forbid(self.owner, &blocks))
     }
 
     /// Fences all that the request writes, since its commands are not told apart. Who collects the fences says
     /// of which association they are and how long they last.
-    fn fence(&self, owner: Owner, limits: &Limits, fences: &mut Fences) {
+    fn fence(&self, limits: &Limits, fences: &mut Fences) {
         for blocks in limits.written(Request::from(&self.operation)) {
             fences.add(Fence {
                 slba: blocks.start,
                 blocks: blocks.end - blocks.start,
-                owner: Some(owner),
+                owner: Some(self.owner),
                 generation: 0,
                 deadline: u64::MAX,
             });
         }
     }
 
+    /// It is parked and may begin anew.
+    fn begins(&self, now: u64) -> bool {
+        self.parked && self.outstanding == 0 && self.lost.is_empty() && self.due <= now
+    }
+
+    /// Notes what was decided about an attempt that failed on `path`; false when it was the last.
+    fn attempts_again(&mut self, path: usize, again: Again) -> bool {
+        let mut failures = UNCOUNTED;
+        if again.counted {
+            if self.retries >= MAX_RETRIES {
+                return false;
+            }
+            self.retries += 1;
+            failures = self.retries;
+        }
+        if again.elsewhere {
+            self.avoid.insert(path);
+        }
+        let pause = pause(failures, again.asked);
+        if pause > 0 {
+            self.due = self.due.max(again.now.saturating_add(pause));
+        }
+        true
+    }
+
     fn start_anew(&mut self, limits: &Limits) {
+        (self.parked, self.due) = (false, 0);
         match Plan::new(limits, Request::from(&self.operation)) {
             Ok(plan) => self.plan = plan,
             Err(refused) => {
@@ -445,3 +599,7 @@ fn parse_token(token: u64) -> (u32, u16) {
 #[cfg(test)]
 #[path = "inflight_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "paths_tests.rs"]
+mod paths_tests;

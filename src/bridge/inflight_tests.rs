@@ -56,6 +56,38 @@ fn completion(transfer: Transfer, token: u64, status: Status) -> Completion {
     }
 }
 
+/// A queue as the one path.
+struct To<'a> {
+    queue: &'a mut Queue,
+    limits: &'a Limits,
+}
+
+impl Outlet for To<'_> {
+    fn choose(&mut self, _avoid: PathSet) -> Option<usize> {
+        Some(0)
+    }
+
+    fn limits(&self, _path: usize) -> Option<&Limits> {
+        Some(self.limits)
+    }
+
+    fn submit(
+        &mut self,
+        _path: usize,
+        sqe: Sqe,
+        transfer: Transfer,
+        token: u64,
+    ) -> Result<(), Rejected> {
+        self.queue.submit(sqe, transfer, token)
+    }
+}
+
+fn only(path: usize) -> PathSet {
+    let mut set = PathSet::EMPTY;
+    set.insert(path);
+    set
+}
+
 struct Rig {
     limits: Limits,
     storage: Storage,
@@ -94,9 +126,13 @@ impl Rig {
             fences,
             queue,
         } = self;
-        inflight.issue(limits, fences, storage, |sqe, transfer, token| {
-            queue.submit(sqe, transfer, token)
-        })
+        let mut outlet = To { queue, limits };
+        inflight.issue(limits, fences, storage, &mut outlet)
+    }
+
+    /// What was lost may begin anew.
+    fn release(&mut self) {
+        self.inflight.release(only(0), &self.limits);
     }
 
     fn complete(&mut self, status: Status) {
@@ -106,7 +142,7 @@ impl Rig {
 
     fn settle(&mut self, completion: Completion, fate: Fate) -> bool {
         self.inflight
-            .settle(completion, fate, &self.limits, &mut self.storage)
+            .settle(0, completion, fate, &self.limits, &mut self.storage)
     }
 
     /// The queue pair ends with all that it holds. Gives what is left of it.
@@ -115,7 +151,7 @@ impl Rig {
             let completion = self.queue.complete(Status::ABORTED_BY_HOST);
             assert!(self.settle(completion, Fate::Unknown));
         }
-        self.inflight.take_unknown()
+        self.inflight.take_unknown(0)
     }
 
     fn done(&mut self) -> Option<(u32, Outcome)> {
@@ -301,7 +337,7 @@ fn what_was_outstanding_on_a_lost_queue_pair_is_issued_again_and_done_once() {
     let left = rig.lose();
     assert_eq!((left.requests, left.fences.len()), (3, 1));
     assert_eq!(rig.done(), None);
-    rig.inflight.start_anew(&rig.limits);
+    rig.release();
     assert_eq!(rig.issue(), None);
     let again: Vec<_> = rig.queue.held.iter().map(|held| held.1.len()).collect();
     assert_eq!(again, [4096, 4096, 0], "with their memory");
@@ -310,7 +346,7 @@ fn what_was_outstanding_on_a_lost_queue_pair_is_issued_again_and_done_once() {
     }
     let done: Vec<_> = std::iter::from_fn(|| rig.done()).collect();
     assert_eq!(done, [1, 2, 3].map(|guest| (guest, Outcome::Done)));
-    assert_eq!(rig.inflight.take_unknown().requests, 0, "it is told once");
+    assert_eq!(rig.inflight.take_unknown(0).requests, 0, "it is told once");
 }
 
 #[test]
@@ -327,7 +363,7 @@ fn a_request_of_which_a_part_was_lost_begins_anew_and_all_of_it_is_fenced() {
     };
     assert!(left.fences.forbid(stranger, &(0..1)) && left.fences.forbid(stranger, &(31..32)));
     assert!(!left.fences.forbid(stranger, &(32..33)));
-    rig.inflight.start_anew(&rig.limits);
+    rig.release();
     let mut blocks = Vec::new();
     while rig.done().is_none() {
         rig.issue();
@@ -357,7 +393,7 @@ fn a_failure_that_is_known_is_not_replayed_but_what_was_lost_beside_it_is_fenced
             assert!(rig.settle(completion, fate));
         }
         assert_eq!(rig.done(), Some((1, Outcome::Failed(Status::WRITE_FAULT))));
-        assert_eq!(rig.inflight.take_unknown().fences.len(), 1);
+        assert_eq!(rig.inflight.take_unknown(0).fences.len(), 1);
         assert!(!rig.inflight.is_waiting());
     }
 }
@@ -538,7 +574,7 @@ impl Disk {
         self.association += 1;
         for rig in &mut self.lanes {
             rig.fences = self.fences.clone();
-            rig.inflight.start_anew(&rig.limits);
+            rig.release();
         }
     }
 

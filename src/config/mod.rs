@@ -24,6 +24,7 @@ use nvmf::spec::ana::AnaState;
 use uuid::Uuid;
 
 use crate::bridge::geometry::Choices;
+use crate::bridge::path_choice::IoPolicy;
 use crate::cli::{AttachArgs, ExportArgs, ServeArgs};
 use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
 use crate::reconnect::way_back::Patience;
@@ -54,6 +55,10 @@ pub(crate) struct AttachConfig {
     pub(crate) drain: Duration,
     /// How long to wait for a controller that is lost.
     pub(crate) patience: Patience,
+    /// A path on which a command has no answer for so long is lost; zero waits for ever.
+    pub(crate) io_timeout: Duration,
+    /// How commands are spread over paths.
+    pub(crate) policy: IoPolicy,
     /// Who connects, and with what queues.
     pub(crate) host: HostOptions,
     /// The namespace.
@@ -178,6 +183,8 @@ impl AttachConfig {
                 ctrl_loss: limited(args.ctrl_loss_tmo),
                 fast_io_fail: limited(args.fast_io_fail_tmo),
             },
+            io_timeout: Duration::from_secs(args.io_timeout.into()),
+            policy: args.iopolicy,
             host: host_options(args, identity),
             uri,
         }
@@ -193,6 +200,7 @@ fn host_options(args: &AttachArgs, identity: &HostIdentity) -> HostOptions {
         keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
         hdr_digest: args.hdr_digest,
         data_digest: args.data_digest,
+        connect_timeout: Duration::from_secs(args.connect_timeout.into()),
         ..HostOptions::new(nqn, id)
     }
 }

@@ -40,7 +40,13 @@ impl AttachPlan {
         let mut hostid = args.hostid;
         let (source, selector) = match (args.uri.take(), &args.config_fabrics) {
             (Some(Locator::Namespace(Uri { target, selector })), _) => {
-                (Source::Paths(vec![target]), selector)
+                let mut targets = vec![target];
+                for Uri { target, .. } in std::mem::take(&mut args.path) {
+                    if !targets.contains(&target) {
+                        targets.push(target);
+                    }
+                }
+                (Source::Paths(targets), selector)
             }
             (Some(Locator::Search(search)), _) => {
                 let selector = search.selector.clone();

@@ -1,134 +1,146 @@
-//! The way from a disk to its controller: notices its loss, tries to get it back, and guards what the lost
+//! The paths from a disk to its controllers: notices the loss of one, tries to get it back, and guards what the lost
 //! association may still write.
 //!
-//! One task drives the states of [`state`] and all timers of a disk. Lanes tell it that their queue pair has
-//! ended, and are told everything else: `docs/adr/0007-lost-controllers.md` says why this is safe.
+//! One task drives the states of [`state`] for each path, and all timers of a disk; what takes its time, such as an
+//! attempt to connect, runs beside it and holds up no other path. Lanes tell it that a queue pair has ended, and are
+//! told everything else: `docs/adr/0007-lost-controllers.md` and `docs/adr/0008-several-paths.md` say why this is
+//! safe.
 
 pub(crate) mod backoff;
+pub(crate) mod crowd;
+mod path;
 pub(crate) mod state;
 pub(crate) mod verify;
 pub(crate) mod way_back;
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nvmf::host::{Association, ControllerInfo, HostEvent, NamespaceInfo};
+use nvmf::host::{AnaLog, Association, HostError, HostEvent, NamespaceInfo, TargetAddress};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use self::backoff::Backoff;
-use self::state::{Event, State};
-use self::way_back::{Found, NotBack, Patience, WayBack};
+use self::path::{Path, Reason};
+use self::state::Event;
+use self::way_back::{Found, NotBack, WayBack, access_of};
 use crate::bridge::fence::Fences;
+use crate::bridge::path_choice::{Access, PathSet};
 use crate::bridge::translate::Limits;
+use crate::limits::MAX_PATHS;
 use crate::namespace_events::NamespaceEvents;
-use crate::worker::lane::FIRST_ASSOCIATION;
 use crate::worker::mailbox::{LaneMessage, Mailbox, PairLost, Resume};
 
-/// How long a write of unknown fate is feared where nothing bounds it: without keep-alive, a controller need not
-/// notice that its host is gone.
-const FEAR: Duration = Duration::from_secs(120);
+/// How long to wait before a log of access states is read again that could not be read.
+const READ_AGAIN: Duration = Duration::from_secs(1);
 
-/// What the way to a controller is made of.
-pub(crate) struct PathSetup {
+/// What the ways to a namespace are made of.
+pub(crate) struct PathsSetup {
     /// The disk, for the log.
     pub(crate) name: String,
-    /// The association, whose queue pairs the lanes have; `None` when the controller is away, and they have none.
-    pub(crate) association: Option<Association>,
+    /// The association of the first path, what was found there, and its queue pairs; `None` when its controller is
+    /// away.
+    pub(crate) first: Option<(Association, Found)>,
     /// The namespace.
     pub(crate) namespace: NamespaceEvents,
     /// The keep-alive time-out that was asked for.
     pub(crate) keep_alive: Duration,
     /// All lanes of the disk.
     pub(crate) lanes: Vec<Mailbox>,
-    /// What the lanes tell.
+    /// What the lanes tell of queue pairs.
     pub(crate) losses: mpsc::Receiver<PairLost>,
-    /// How to get back; `None` where a loss is the end.
+    /// The associations whose controllers said that access has changed, as the lanes tell.
+    pub(crate) changes: mpsc::Receiver<u64>,
+    /// How to get back to the first path; `None` where its loss is the end.
     pub(crate) way_back: Option<WayBack>,
+    /// Where further paths lead to.
+    pub(crate) others: Vec<TargetAddress>,
+    /// The same, of those that are found later.
+    pub(crate) new_paths: mpsc::Receiver<TargetAddress>,
 }
 
 /// See the module.
-pub(crate) struct Path {
+pub(crate) struct Paths {
     name: String,
-    state: State,
-    association: Option<Association>,
-    /// The number of the association, lost or not.
-    number: u64,
-    /// What it reports.
-    events: mpsc::Receiver<HostEvent>,
+    paths: Vec<Path>,
+    /// Where further paths lead to.
+    others: Vec<TargetAddress>,
+    new_paths: mpsc::Receiver<TargetAddress>,
+    /// What is to be done first.
+    first: Option<(Association, Found)>,
+    /// Associations up to now.
+    associations: u64,
     namespace: NamespaceEvents,
-    /// What the namespace is called there.
-    nsid: u32,
     keep_alive: Duration,
     lanes: Vec<Mailbox>,
     losses: mpsc::Receiver<PairLost>,
-    way_back: Option<WayBack>,
+    changes: mpsc::Receiver<u64>,
+    /// What runs beside.
+    tasks: JoinSet<News>,
     fences: Fences,
     /// What the deadlines of fences are counted from.
     epoch: Instant,
-    /// When held requests fail, and why.
-    failing: Vec<(Instant, Reason)>,
-    backoff: Backoff,
-    /// When the association was made.
-    connected: Instant,
+    /// Losses up to now.
+    round: u64,
+    /// Paths whose fences not every lane is known to know.
+    unreleased: PathSet,
 }
 
-/// Why held requests fail.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reason {
-    FastIoFail,
-    ControllerLoss,
+/// What something that runs beside has come to.
+enum News {
+    /// The pause before an attempt is over.
+    Elapsed(usize),
+    /// An association was made, or not.
+    Established(usize, Result<Association, NotBack>),
+    /// It was found to be of use, or not.
+    Verified(usize, Result<(Association, Found), NotBack>),
+    /// An association has ended.
+    Lost(PairLost),
+    /// A controller reports something; what comes next comes from there.
+    Reported(u64, HostEvent, mpsc::Receiver<HostEvent>),
+    /// The log of access states was read.
+    Access(u64, Result<AnaLog, HostError>),
+    /// All lanes have no command outstanding that the fences of this round forbid.
+    Fenced(u64),
+    /// There is nothing more to come.
+    Nothing,
 }
 
-/// A loss, as far as it has to be told when it is over.
-struct Outage {
-    since: Instant,
-    /// Requests that have to be replayed.
-    unanswered: u64,
-    /// Attempts that were made.
-    attempts: u32,
-    /// It is logged.
-    loud: bool,
-}
-
-impl Path {
-    /// A path that is connected, or is to be.
-    pub(crate) fn new(setup: PathSetup) -> Self {
-        let PathSetup {
+impl Paths {
+    /// The paths of a disk of which the first is connected.
+    pub(crate) fn new(setup: PathsSetup) -> Self {
+        let PathsSetup {
             name,
-            mut association,
+            first,
             namespace,
             keep_alive,
             lanes,
             losses,
+            changes,
             way_back,
+            others,
+            new_paths,
         } = setup;
-        let patience = way_back.as_ref().map(|way| way.patience);
-        let most = patience.map_or(Duration::ZERO, |patience| patience.reconnect_delay);
+        let mut primary = Path::new(name.clone(), way_back);
+        // The disk was there before, if not in this process.
+        primary.outage.lost = true;
         Self {
             name,
-            state: match association {
-                Some(_) => State::Connected,
-                None => State::Waiting,
-            },
-            events: match &mut association {
-                Some(association) => association.events(),
-                None => mpsc::channel(1).1,
-            },
-            association,
-            number: FIRST_ASSOCIATION,
-            nsid: namespace.namespace().nsid,
+            paths: vec![primary],
+            others,
+            new_paths,
+            first,
+            associations: 0,
             namespace,
             keep_alive,
             lanes,
             losses,
-            way_back,
+            changes,
+            tasks: JoinSet::new(),
             fences: Fences::default(),
             epoch: Instant::now(),
-            failing: Vec::new(),
-            backoff: Backoff::new(most),
-            connected: Instant::now(),
+            round: 0,
+            unreleased: PathSet::EMPTY,
         }
     }
 
@@ -137,113 +149,133 @@ impl Path {
         self.namespace.seen()
     }
 
-    /// Keeps the disk connected until `stop` comes, or its sender goes away. Gives the association, if there is
-    /// one then.
-    pub(crate) async fn run(mut self, stop: oneshot::Receiver<()>) -> Option<Association> {
+    /// Keeps the disk connected until `stop` comes, or its sender goes away. Gives the associations that there are
+    /// then.
+    pub(crate) async fn run(mut self, stop: oneshot::Receiver<()>) -> Vec<Association> {
         tokio::select! {
             _ = stop => {}
             () = self.keep() => {}
         }
-        self.association
+        let associations = self.paths.iter_mut();
+        let mut associations: Vec<_> = associations
+            .filter_map(|path| path.association.take())
+            .collect();
+        associations.extend(self.first.map(|(association, _)| association));
+        associations
     }
 
     /// Never ends.
     async fn keep(&mut self) {
-        if self.association.is_none()
-            && let Some(way_back) = self.way_back.clone()
-        {
-            let mut outage = Outage {
-                since: Instant::now(),
-                unanswered: 0,
-                attempts: 0,
-                loud: true,
-            };
-            self.await_failure(outage.since, way_back.patience);
-            self.recover(&way_back, &mut outage).await;
+        match self.first.take() {
+            Some((association, found)) => {
+                if let Some(path) = self.paths.first_mut() {
+                    path.begin_connected();
+                }
+                self.resume(0, association, found).await;
+            }
+            None => self.pause(0),
+        }
+        for target in std::mem::take(&mut self.others) {
+            self.add(target);
         }
         loop {
-            let cause = self.lost().await;
-            self.enter(Event::Lost);
-            let mut outage = self.lose(&cause).await;
-            let Some(way_back) = self.way_back.clone() else {
-                self.enter(Event::NoWayBack);
-                self.tell(|| LaneMessage::Fail).await;
-                tracing::error!(
-                    disk = self.name,
-                    "requests fail until the daemon is started again"
-                );
-                return std::future::pending().await;
-            };
-            self.await_failure(outage.since, way_back.patience);
-            self.enter(Event::Collected);
-            self.recover(&way_back, &mut outage).await;
-        }
-    }
-
-    fn enter(&mut self, event: Event) {
-        let next = self.state.after(event);
-        tracing::debug!(disk = self.name, from = %self.state, to = %next, "{event:?}");
-        self.state = next;
-    }
-
-    /// Waits until the association or a queue pair of it has ended. Gives the cause.
-    async fn lost(&mut self) -> String {
-        let Some(association) = &self.association else {
-            return "it was never there".to_owned();
-        };
-        let mut lost = association.lost();
-        loop {
-            let expiry = self.expiry();
+            let next = self.next_timer();
             tokio::select! {
-                changed = lost.changed() => {
-                    let loss = lost.borrow().as_ref().map(ToString::to_string);
-                    let ended = || "it was ended".to_owned();
-                    return loss.filter(|_| changed.is_ok()).unwrap_or_else(ended);
-                }
-                Some(event) = self.events.recv() => {
-                    if let Some(association) = &self.association {
-                        self.namespace.take(&event, association, self.number, self.nsid);
+                Some(done) = self.tasks.join_next() => {
+                    // What panics or is aborted has nothing to tell.
+                    if let Ok(news) = done {
+                        self.take(news).await;
                     }
                 }
-                Some(pair) = self.losses.recv() => {
-                    // What an association says that is gone is no news.
-                    if pair.association == self.number {
-                        return format!("an I/O queue: {}", pair.cause);
-                    }
+                Some(pair) = self.losses.recv() => self.lost_pair(&pair).await,
+                Some(target) = self.new_paths.recv() => self.add(target),
+                Some(number) = self.changes.recv() => self.read_access(number, Duration::ZERO),
+                () = until(next) => {
+                    self.expire().await;
+                    self.fail().await;
+                    self.end_changes().await;
                 }
-                () = until(expiry) => self.expire().await,
             }
         }
     }
 
-    /// Ends the association with all of its queue pairs, and fences what it may still write. From then on nothing
-    /// reaches the controller any more through it.
-    async fn lose(&mut self, cause: &str) -> Outage {
-        let since = Instant::now();
-        let association = self.association.take();
-        let controller = association.as_ref().map(Association::controller);
-        let at = controller.map(|controller| controller.address.to_string());
-        let at = at.unwrap_or_default();
-        let loud = self.backoff.lost(self.connected.elapsed());
-        if loud {
-            tracing::warn!(
-                disk = self.name,
-                controller = at,
-                "association lost: {cause}"
-            );
-        } else {
-            tracing::debug!(
-                disk = self.name,
-                controller = at,
-                "association lost again: {cause}"
-            );
+    /// One more path, to be connected like one that was lost.
+    fn add(&mut self, target: TargetAddress) {
+        let ways = self.paths.iter().filter_map(|path| path.way_back.as_ref());
+        if self.paths.len() >= MAX_PATHS || ways.clone().any(|way| way.target == target) {
+            return;
         }
-        let quiet_after = self.quiet_after(controller, loud);
-        drop(association);
+        let Some(way) = ways.clone().next() else {
+            return;
+        };
+        let way = WayBack {
+            target,
+            ..way.clone()
+        };
+        self.paths.push(Path::new(self.name.clone(), Some(way)));
+        self.pause(self.paths.len() - 1);
+    }
+
+    async fn take(&mut self, news: News) {
+        match news {
+            News::Elapsed(index) => self.connect(index),
+            News::Established(index, Ok(association)) => self.verify(index, association),
+            News::Established(index, Err(error)) | News::Verified(index, Err(error)) => {
+                if let Some(path) = self.paths.get_mut(index) {
+                    path.attempt_failed(&error);
+                    self.pause(index);
+                }
+            }
+            News::Verified(index, Ok((association, found))) => {
+                self.enter(index, Event::Verified);
+                self.resume(index, association, found).await;
+            }
+            News::Lost(lost) => {
+                if let Some(index) = self.path_of(lost.association) {
+                    self.lose(index, &lost.cause).await;
+                }
+            }
+            News::Reported(number, event, events) => self.reported(number, &event, events),
+            News::Access(number, log) => self.access_read(number, log).await,
+            News::Fenced(round) => self.fenced(round).await,
+            News::Nothing => {}
+        }
+    }
+
+    fn enter(&mut self, index: usize, event: Event) {
+        if let Some(path) = self.paths.get_mut(index) {
+            path.enter(event);
+        }
+    }
+
+    /// The path with an association of this number; what others tell is no news.
+    fn path_of(&self, number: u64) -> Option<usize> {
+        let mut paths = self.paths.iter();
+        paths.position(|path| path.association.is_some() && path.number == number)
+    }
+
+    async fn lost_pair(&mut self, pair: &PairLost) {
+        if let Some(index) = self.path_of(pair.association) {
+            self.lose(index, &format!("an I/O queue: {}", pair.cause))
+                .await;
+        }
+    }
+
+    /// Ends the association of a path with all of its queue pairs, and fences what it may still write. From then on
+    /// nothing reaches the controller any more through it.
+    async fn lose(&mut self, index: usize, cause: &str) {
+        let Some(path) = self.paths.get_mut(index) else {
+            return;
+        };
+        path.enter(Event::Lost);
+        let quiet_after = path.lose(cause, self.keep_alive);
+        let number = path.number;
+        self.round += 1;
+        self.unreleased.insert(index);
         let mut answers = Vec::with_capacity(self.lanes.len());
         for lane in &self.lanes {
             let (done, answer) = oneshot::channel();
-            lane.send(LaneMessage::Lose { done }).await;
+            lane.send(LaneMessage::Lose { path: index, done }).await;
             answers.push(answer);
         }
         let mut unanswered = 0;
@@ -252,169 +284,297 @@ impl Path {
             // Without an answer the lane is gone, and the guest's requests with it.
             if let Ok(unknown) = answer.await {
                 unanswered += unknown.requests;
-                fences.add_all(&unknown.fences, self.number, u64::MAX);
+                fences.add_all(&unknown.fences, number, u64::MAX);
             }
         }
         // Now is later than the last command; what its milliseconds are short of is made up for.
         let deadline = self
             .now()
             .saturating_add(millis(quiet_after).saturating_add(1));
-        self.fences.add_all(&fences, self.number, deadline);
-        Outage {
-            since,
-            unanswered,
-            attempts: 0,
-            loud,
-        }
-    }
-
-    /// How long a lost association may still write.
-    fn quiet_after(&self, controller: Option<&ControllerInfo>, loud: bool) -> Duration {
-        let bound =
-            controller.and_then(|controller| controller.liveness.quiet_after(self.keep_alive));
-        if bound.is_none() && loud {
-            tracing::warn!(
-                disk = self.name,
-                "without keep-alive nothing says when a lost controller stops writing; {FEAR:?} are taken for \
-                 enough"
-            );
-        }
-        bound.unwrap_or(FEAR)
-    }
-
-    /// Tries until it is connected again.
-    async fn recover(&mut self, way_back: &WayBack, outage: &mut Outage) {
-        let lanes = self.lanes.len();
-        let lost = self.namespace.namespace();
-        loop {
-            let pause = self.backoff.next();
-            outage.attempts = outage.attempts.saturating_add(1);
-            self.alongside(sleep(pause)).await;
-            self.enter(Event::Elapsed);
-            let association = match self.alongside(way_back.connect(lanes)).await {
-                Ok(association) => association,
-                Err(error) => {
-                    self.attempt_failed(&error, outage);
-                    continue;
-                }
-            };
-            self.enter(Event::Established);
-            let verified = way_back.verify(association, &lost, lanes);
-            match self.alongside(verified).await {
-                Ok((association, found)) => {
-                    self.enter(Event::Verified);
-                    self.resume(association, found, outage).await;
-                    self.enter(Event::Resumed);
-                    return;
-                }
-                Err(error) => self.attempt_failed(&error, outage),
-            }
-        }
-    }
-
-    /// Carries out a step, and whatever timers ask for meanwhile.
-    async fn alongside<T>(&mut self, step: impl Future<Output = T>) -> T {
-        let mut step = pin!(step);
-        loop {
-            let failing = self.failing.iter().map(|(at, _)| *at).min();
-            let next = [self.expiry(), failing].into_iter().flatten().min();
-            tokio::select! {
-                done = &mut step => return done,
-                () = until(next) => {
-                    self.expire().await;
-                    self.fail().await;
-                }
-            }
-        }
-    }
-
-    fn attempt_failed(&mut self, error: &NotBack, outage: &Outage) {
-        let attempts = outage.attempts;
-        // The first, the second, the fourth and so on: an outage of days leaves a page.
-        if outage.loud && attempts.is_power_of_two() {
-            let since = outage.since.elapsed();
-            tracing::warn!(
-                disk = self.name,
-                attempts,
-                "still not connected after {}: {error}",
-                seconds(since)
-            );
+        self.fences.add_all(&fences, number, deadline);
+        self.fence().await;
+        let Some(path) = self.paths.get_mut(index) else {
+            return;
+        };
+        path.outage.unanswered = unanswered;
+        if path.way_back.is_some() {
+            path.enter(Event::Collected);
+            self.pause(index);
         } else {
-            tracing::debug!(disk = self.name, attempts, "not connected: {error}");
+            path.enter(Event::NoWayBack);
+            path.failing = vec![(Instant::now(), Reason::Never)];
         }
-        self.enter(Event::Failed);
+    }
+
+    /// Gives every lane all fences, and learns when nothing is outstanding any more that they forbid.
+    async fn fence(&mut self) {
+        let fences = Arc::new(self.fences.clone());
+        let mut answers = Vec::with_capacity(self.lanes.len());
+        for lane in &self.lanes {
+            let (done, answer) = oneshot::channel();
+            let (fences, done) = (Arc::clone(&fences), Some(done));
+            lane.send(LaneMessage::Fences { fences, done }).await;
+            answers.push(answer);
+        }
+        let round = self.round;
+        self.tasks.spawn(async move {
+            for answer in answers {
+                // Without an answer the lane is gone, or has got the fences of a later round.
+                let _ = answer.await;
+            }
+            News::Fenced(round)
+        });
+    }
+
+    /// What was lost begins anew, unless something else is lost meanwhile: what that may still write has to be known
+    /// first.
+    async fn fenced(&mut self, round: u64) {
+        while let Ok(pair) = self.losses.try_recv() {
+            self.lost_pair(&pair).await;
+        }
+        if round == self.round {
+            let released = std::mem::take(&mut self.unreleased);
+            self.tell(|| LaneMessage::Release(released)).await;
+        }
+    }
+
+    /// Waits for the time of the next attempt.
+    fn pause(&mut self, index: usize) {
+        if let Some(path) = self.paths.get_mut(index) {
+            let pause = path.next_pause();
+            self.tasks.spawn(async move {
+                sleep(pause).await;
+                News::Elapsed(index)
+            });
+        }
+    }
+
+    fn connect(&mut self, index: usize) {
+        self.enter(index, Event::Elapsed);
+        let lanes = self.lanes.len();
+        if let Some(way) = self.way_back(index) {
+            self.tasks
+                .spawn(async move { News::Established(index, way.connect(lanes).await) });
+        }
+    }
+
+    fn verify(&mut self, index: usize, association: Association) {
+        self.enter(index, Event::Established);
+        let lost = self.namespace.namespace();
+        let several = self.paths.len() > 1;
+        if let Some(way) = self.way_back(index) {
+            self.tasks.spawn(async move {
+                News::Verified(index, way.verify(association, &lost, several).await)
+            });
+        }
+    }
+
+    fn way_back(&self, index: usize) -> Option<WayBack> {
+        self.paths.get(index)?.way_back.clone()
     }
 
     /// Gives every lane its queue pair, and all fences with it.
-    async fn resume(&mut self, mut association: Association, found: Found, outage: &Outage) {
-        let (namespace, pairs) = found;
-        // What lanes told of the association before is no news, and must not keep out what they tell next.
-        while self.losses.try_recv().is_ok() {}
-        self.number += 1;
-        self.failing.clear();
+    async fn resume(&mut self, index: usize, mut association: Association, found: Found) {
+        let Found {
+            namespace,
+            access,
+            pairs,
+        } = found;
+        self.associations += 1;
+        let number = self.associations;
+        // That of the start has been told.
+        let connected_later = self
+            .paths
+            .get(index)
+            .is_some_and(|path| path.outage.attempts > 0);
+        self.watch(number, &mut association);
         self.fences.expire(self.now());
         let fences = Arc::new(self.fences.clone());
-        let limits = Limits::new(association.controller(), &namespace);
-        let controller = association.controller().address;
-        self.events = association.events();
-        self.nsid = namespace.nsid;
-        self.association = Some(association);
+        let controller = association.controller();
+        let limits = Limits::new(controller, &namespace);
+        let reports_access = controller.ana.is_some();
+        let retry_delays = controller.retry_delays.map(millis);
+        if pairs.len() < self.lanes.len() {
+            tracing::warn!(
+                disk = self.name,
+                controller = %controller.address,
+                io_queues = pairs.len(),
+                lanes = self.lanes.len(),
+                "the controller grants fewer I/O queues than the disk has lanes: some lanes do without this path"
+            );
+        }
+        if let Some(path) = self.paths.get_mut(index) {
+            path.resume(association, number, namespace.nsid);
+        }
         for (lane, pair) in self.lanes.iter().zip(pairs) {
             let resume = Resume {
-                association: self.number,
+                path: index,
+                association: number,
                 pair,
                 limits,
+                retry_delays,
+                access,
+                reports_access,
                 fences: Arc::clone(&fences),
             };
             lane.send(LaneMessage::Resume(Box::new(resume))).await;
         }
         self.namespace.found(&namespace).await;
-        self.connected = Instant::now();
-        if outage.loud {
-            tracing::info!(
-                disk = self.name,
-                %controller,
-                seconds = outage.since.elapsed().as_secs_f32(),
-                attempts = outage.attempts,
-                replayed = outage.unanswered,
-                fenced = fences.len(),
-                "association is back"
-            );
-        } else {
-            tracing::debug!(disk = self.name, %controller, "association is back again");
+        self.set_access(index, access).await;
+        self.enter(index, Event::Resumed);
+        if connected_later && let Some(path) = self.paths.get(index) {
+            path.tell_resumed(fences.len());
         }
     }
 
-    /// Sets the times at which held requests fail.
-    fn await_failure(&mut self, since: Instant, patience: Patience) {
-        let times = [
-            (patience.fast_io_fail, Reason::FastIoFail),
-            (patience.ctrl_loss, Reason::ControllerLoss),
-        ];
-        let at = |(after, reason): (Option<Duration>, _)| {
-            let at = since.checked_add(after?)?;
-            Some((at, reason))
-        };
-        self.failing = times.into_iter().filter_map(at).collect();
+    /// Learns of the end of an association, and of what it reports.
+    fn watch(&mut self, number: u64, association: &mut Association) {
+        let mut lost = association.lost();
+        self.tasks.spawn(async move {
+            let changed = lost.changed().await;
+            let loss = lost.borrow().as_ref().map(ToString::to_string);
+            let ended = || "it was ended".to_owned();
+            let cause = loss.filter(|_| changed.is_ok()).unwrap_or_else(ended);
+            News::Lost(PairLost {
+                association: number,
+                cause,
+            })
+        });
+        let events = association.events();
+        self.await_event(number, events);
     }
 
-    /// Has held requests fail, when it is time.
+    fn await_event(&mut self, number: u64, mut events: mpsc::Receiver<HostEvent>) {
+        self.tasks.spawn(async move {
+            match events.recv().await {
+                Some(event) => News::Reported(number, event, events),
+                None => News::Nothing,
+            }
+        });
+    }
+
+    fn reported(&mut self, number: u64, event: &HostEvent, events: mpsc::Receiver<HostEvent>) {
+        let Some(index) = self.path_of(number) else {
+            return;
+        };
+        let path = self.paths.get(index);
+        if let Some((association, nsid)) =
+            path.and_then(|path| Some((path.association.as_ref()?, path.nsid)))
+        {
+            self.namespace.take(event, association, number, nsid);
+        }
+        if matches!(event, HostEvent::AnaChanged | HostEvent::Missed) {
+            self.read_access(number, Duration::ZERO);
+        }
+        self.await_event(number, events);
+    }
+
+    /// Reads what an association's path is good for, if its controller tells.
+    fn read_access(&mut self, number: u64, after: Duration) {
+        let index = self.path_of(number);
+        let path = index.and_then(|index| self.paths.get(index));
+        let association = path.and_then(|path| path.association.as_ref());
+        if let Some(association) =
+            association.filter(|association| association.controller().ana.is_some())
+        {
+            let inquiry = association.inquiry();
+            self.tasks.spawn(async move {
+                sleep(after).await;
+                News::Access(number, inquiry.ana_log().await)
+            });
+        }
+    }
+
+    async fn access_read(&mut self, number: u64, log: Result<AnaLog, HostError>) {
+        let Some(index) = self.path_of(number) else {
+            return;
+        };
+        match log {
+            Ok(log) => {
+                let nsid = self.paths.get(index).map_or(0, |path| path.nsid);
+                let group = self.namespace.namespace().anagrpid;
+                self.set_access(index, access_of(&log, nsid, group)).await;
+            }
+            Err(error) => {
+                tracing::warn!(disk = self.name, "{error}");
+                self.read_access(number, READ_AGAIN);
+            }
+        }
+    }
+
+    /// A path is good for this from now on.
+    async fn set_access(&mut self, index: usize, access: Access) {
+        let Some(path) = self.paths.get_mut(index) else {
+            return;
+        };
+        let controller = path.association.as_ref().map(Association::controller);
+        let ana = controller.and_then(|controller| controller.ana);
+        if path.access != access {
+            let at = controller.map(|controller| controller.address.to_string());
+            let at = at.unwrap_or_default();
+            tracing::info!(disk = self.name, controller = at, "access is {access} now");
+        }
+        // A change that goes on is not a new one.
+        let within = ana.map(|ana| ana.transition_time);
+        path.change_ends = match (access, within) {
+            (Access::Change, Some(within)) if !within.is_zero() => path
+                .change_ends
+                .or_else(|| Instant::now().checked_add(within)),
+            _ => None,
+        };
+        path.access = access;
+        self.tell(|| LaneMessage::Access {
+            path: index,
+            access,
+        })
+        .await;
+    }
+
+    /// Loses paths whose controllers are not through with a change in the time that they state.
+    async fn end_changes(&mut self) {
+        let now = Instant::now();
+        for index in 0..self.paths.len() {
+            let ends = self.paths.get(index).and_then(|path| path.change_ends);
+            if ends.is_some_and(|ends| ends <= now) {
+                let cause = "access was changing for longer than the controller said it might";
+                self.lose(index, cause).await;
+            }
+        }
+    }
+
+    /// Has held requests fail, when the time of every path has passed.
     async fn fail(&mut self) {
         let now = Instant::now();
-        let due: Vec<_> = self.failing.extract_if(.., |(at, _)| *at <= now).collect();
-        for (_, reason) in &due {
-            let (option, what) = match reason {
-                Reason::FastIoFail => ("--fast-io-fail-tmo", "requests fail until it is back"),
-                Reason::ControllerLoss => (
-                    "--ctrl-loss-tmo",
-                    "the controller is given up, and requests fail until it is back all the same",
-                ),
-            };
-            tracing::error!(disk = self.name, "{option} has passed: {what}");
+        let mut due = None;
+        for path in &mut self.paths {
+            for (_, reason) in path.failing.extract_if(.., |(at, _)| *at <= now) {
+                path.failed = Some(reason);
+                due = Some(reason);
+            }
         }
-        if !due.is_empty() {
-            self.tell(|| LaneMessage::Fail).await;
+        let Some(reason) = due else {
+            return;
+        };
+        let gone = |path: &Path| path.association.is_none() && path.failed.is_some();
+        if !self.paths.iter().all(gone) {
+            return;
         }
+        match reason {
+            Reason::FastIoFail => tracing::error!(
+                disk = self.name,
+                "--fast-io-fail-tmo has passed: requests fail until it is back"
+            ),
+            Reason::ControllerLoss => tracing::error!(
+                disk = self.name,
+                "--ctrl-loss-tmo has passed: the controller is given up, and requests fail until it is back all \
+                 the same"
+            ),
+            Reason::Never => tracing::error!(
+                disk = self.name,
+                "requests fail until the daemon is started again"
+            ),
+        }
+        self.tell(|| LaneMessage::Fail).await;
     }
 
     /// Takes fences down, when it is time.
@@ -427,7 +587,11 @@ impl Path {
                 "fences have expired"
             );
             let fences = Arc::new(self.fences.clone());
-            self.tell(|| LaneMessage::Fences(Arc::clone(&fences))).await;
+            self.tell(|| LaneMessage::Fences {
+                fences: Arc::clone(&fences),
+                done: None,
+            })
+            .await;
         }
     }
 
@@ -442,9 +606,15 @@ impl Path {
         millis(self.epoch.elapsed())
     }
 
-    fn expiry(&self) -> Option<Instant> {
-        let deadline = self.fences.next_deadline()?;
-        self.epoch.checked_add(Duration::from_millis(deadline))
+    /// When something is due.
+    fn next_timer(&self) -> Option<Instant> {
+        let deadline = self.fences.next_deadline();
+        let expiry =
+            deadline.and_then(|deadline| self.epoch.checked_add(Duration::from_millis(deadline)));
+        let failing = |path: &Path| path.failing.iter().map(|(at, _)| *at).min();
+        let paths = self.paths.iter();
+        let of_paths = paths.flat_map(|path| [failing(path), path.change_ends]);
+        of_paths.chain([expiry]).flatten().min()
     }
 }
 
@@ -458,9 +628,4 @@ async fn until(at: Option<Instant>) {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// For people.
-fn seconds(duration: Duration) -> String {
-    format!("{:.1} s", duration.as_secs_f64())
 }

@@ -1,8 +1,8 @@
-//! The states of the way to a controller, and what leads from one to the next: the one table.
+//! The states of a path, and what leads from one to the next: the one table.
 
 use std::fmt;
 
-/// Where a disk stands with its controller.
+/// Where a disk stands with the controller of one path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
     /// Its lanes have their queue pairs.
@@ -34,7 +34,7 @@ pub(crate) enum Event {
     Elapsed,
     /// There is an association.
     Established,
-    /// It is the same namespace, and there are as many queue pairs as lanes.
+    /// It is the same namespace, and there are queue pairs.
     Verified,
     /// The attempt has failed.
     Failed,

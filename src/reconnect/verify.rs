@@ -35,6 +35,11 @@ pub(crate) enum NotTheSame {
     },
 }
 
+/// It can be told from others wherever it is found.
+pub(crate) fn has_own_name(namespace: &NamespaceInfo) -> bool {
+    namespace.uuid.is_some() || namespace.nguid.is_some() || namespace.eui64.is_some()
+}
+
 /// How to find a namespace again: by what is its own, if it has that.
 pub(crate) fn selector(lost: &NamespaceInfo) -> NamespaceSelector {
     match (lost.uuid, lost.nguid) {

@@ -3,10 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use nvmf::host::{Association, HostError, HostOptions, NamespaceInfo, TargetAddress};
+use nvmf::host::{AnaLog, Association, HostError, HostOptions, NamespaceInfo, TargetAddress};
+use nvmf::spec::ana::AnaState;
 use nvmf::transport::{HostQueuePair, Registry};
 
-use super::verify::{NotTheSame, selector, verify};
+use super::crowd::Crowd;
+use super::verify::{NotTheSame, has_own_name, selector, verify};
+use crate::bridge::path_choice::Access;
 
 /// How long a controller may take to shut down that is of no use.
 const SHUTDOWN: Duration = Duration::from_millis(500);
@@ -20,6 +23,8 @@ pub(crate) struct WayBack {
     pub(crate) target: TargetAddress,
     /// Who connects. As many I/O queues are asked for as there are lanes, whatever this says.
     pub(crate) host: HostOptions,
+    /// Who else is at the same address.
+    pub(crate) crowd: Arc<Crowd>,
     /// How long to wait for what.
     pub(crate) patience: Patience,
 }
@@ -49,23 +54,62 @@ pub(crate) enum NotBack {
         /// What is different.
         reason: NotTheSame,
     },
-    /// It does not take as many queues any more.
+    /// Nothing says that it is the same by another path.
     #[error(
-        "the controller at {at} grants {granted} I/O queues now; the disk has {lanes} lanes, and each \
-         needs one"
+        "the namespace has no UUID, NGUID or EUI-64, so nothing tells whether the controller at {at} has the same; \
+         it takes one path alone"
     )]
-    TooFewQueues {
+    Nameless {
         /// Its address.
         at: std::net::SocketAddr,
-        /// I/O queues that there may be.
-        granted: u16,
-        /// I/O queues that there have to be.
-        lanes: usize,
     },
 }
 
-/// The namespace, and a connected queue pair for each lane.
-pub(crate) type Found = (NamespaceInfo, Vec<Box<dyn HostQueuePair>>);
+/// What an association is for.
+pub(crate) struct Found {
+    /// The namespace.
+    pub(crate) namespace: NamespaceInfo,
+    /// What the path is good for.
+    pub(crate) access: Access,
+    /// A connected queue pair for each lane, or for the first ones.
+    pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
+}
+
+impl Found {
+    /// Connects the queue pairs of an association, whose controller has this namespace.
+    ///
+    /// # Errors
+    /// A queue cannot be connected, or the controller does not tell what it says it would.
+    pub(crate) async fn open(
+        association: &Association,
+        registry: &Registry,
+        namespace: NamespaceInfo,
+    ) -> Result<Self, HostError> {
+        let access = match association.controller().ana {
+            None => Access::Optimized,
+            Some(_) => {
+                let log = association.ana_log().await?;
+                access_of(&log, namespace.nsid, namespace.anagrpid)
+            }
+        };
+        Ok(Self {
+            namespace,
+            access,
+            pairs: association.open_io_queues(registry).await?,
+        })
+    }
+}
+
+/// What a log says of a namespace; what it does not speak of is there.
+pub(crate) fn access_of(log: &AnaLog, nsid: u32, group: u32) -> Access {
+    match log.state_of(nsid, group) {
+        None | Some(AnaState::Optimized) => Access::Optimized,
+        Some(AnaState::NonOptimized) => Access::NonOptimized,
+        Some(AnaState::Inaccessible) => Access::Inaccessible,
+        Some(AnaState::PersistentLoss) => Access::PersistentLoss,
+        Some(AnaState::Change) => Access::Change,
+    }
+}
 
 impl WayBack {
     /// Makes an association. Takes no longer than the host's options allow.
@@ -74,18 +118,19 @@ impl WayBack {
             nr_io_queues: u16::try_from(lanes).unwrap_or(u16::MAX),
             ..self.host.clone()
         };
+        let _turn = self.crowd.turn(&self.target).await;
         Ok(Association::connect(&self.registry, &self.target, &options).await?)
     }
 
-    /// Finds the namespace that was lost, and connects a queue pair for each lane. The association comes back
-    /// with them; one that is of no use is shut down.
+    /// Finds the namespace that was lost, and connects queue pairs for the lanes. The association comes back
+    /// with them; one that is of no use is shut down. The disk has `several` paths.
     pub(crate) async fn verify(
         &self,
         association: Association,
         lost: &NamespaceInfo,
-        lanes: usize,
+        several: bool,
     ) -> Result<(Association, Found), NotBack> {
-        match self.find(&association, lost, lanes).await {
+        match self.find(&association, lost, several).await {
             Ok(found) => Ok((association, found)),
             Err(error) => {
                 association.shutdown(SHUTDOWN).await;
@@ -98,15 +143,14 @@ impl WayBack {
         &self,
         association: &Association,
         lost: &NamespaceInfo,
-        lanes: usize,
+        several: bool,
     ) -> Result<Found, NotBack> {
         let at = association.controller().address;
+        if several && !has_own_name(lost) {
+            return Err(NotBack::Nameless { at });
+        }
         let namespace = association.select(&selector(lost)).await?;
         verify(lost, &namespace).map_err(|reason| NotBack::Other { at, reason })?;
-        let granted = association.io_queues_granted();
-        if usize::from(granted) < lanes {
-            return Err(NotBack::TooFewQueues { at, granted, lanes });
-        }
-        Ok((namespace, association.open_io_queues(&self.registry).await?))
+        Ok(Found::open(association, &self.registry, namespace).await?)
     }
 }

@@ -1,8 +1,9 @@
 //! A device lane: rings of one disk on one side, host queue pairs on the other, one per path.
 //!
-//! When its queue pair ends, a lane answers nobody: what was outstanding waits for the next one, and so does
-//! what comes, as far as there are slots. When to try again, when to give up, and what must not be written
-//! meanwhile, is for the control plane to say; a lane has no clock for it.
+//! When a queue pair ends, a lane answers nobody: what was outstanding on it is parked until the control plane
+//! releases it, and everything else takes another path. Without any, what comes waits as far as there are slots. When
+//! to try again, when to give up, and what must not be written meanwhile, is for the control plane to say; a lane has
+//! no clock for it.
 
 mod held;
 
@@ -12,15 +13,17 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use nvmf::spec::Status;
-use nvmf::transport::{Counters, HostQueuePair, Lane, Ready, RejectedReason, Turn};
+use nvmf::transport::{Lane, Ready, RejectedReason, Turn};
 use tokio::sync::{mpsc, oneshot};
 use vhost_user_blk::{BlkStatus, Operation, Queue, Request, Token};
 
-use super::mailbox::{LaneMessage, PairLost, Resume};
+use super::mailbox::{LaneMessage, PairLost};
+use super::paths::Paths;
 use super::patience::Patience;
 use super::throttle::{Gate, Throttle};
 use crate::bridge::fence::Fences;
-use crate::bridge::inflight::{Fate, Finished, Inflight, Unknown};
+use crate::bridge::inflight::{Fate, Finished, Inflight};
+use crate::bridge::path_choice::IoPolicy;
 use crate::bridge::status::FailureLog;
 use crate::bridge::transfer::Storage;
 use crate::bridge::translate::Limits;
@@ -37,8 +40,8 @@ const ANSWERED_MAX: usize = 8;
 /// small ones.
 const ANSWERED_BYTES: u64 = 512 << 10;
 
-/// Associations of a disk are counted from here.
-pub(crate) const FIRST_ASSOCIATION: u64 = 1;
+/// Turns that need not look at the clock for commands that are overdue.
+const UNWATCHED_MAX: u32 = 256;
 
 /// A guest's request in flight.
 #[derive(Debug)]
@@ -70,20 +73,14 @@ struct Ring {
 /// See the module.
 pub(crate) struct DeviceLane {
     name: String,
+    /// The disk's.
     limits: Limits,
-    /// One queue pair for each way to the controller that is alive.
-    paths: Vec<Box<dyn HostQueuePair>>,
-    /// The association that they belong to.
-    association: u64,
-    /// Where their end is told.
-    losses: mpsc::Sender<PairLost>,
-    /// Gets what is left of them.
-    losing: Option<oneshot::Sender<Unknown>>,
+    paths: Paths,
     /// Nothing is held.
     failing: bool,
     fences: Arc<Fences>,
-    /// What queue pairs counted that are gone.
-    past: Counters,
+    /// Told when nothing is outstanding that they forbid.
+    fenced: Option<oneshot::Sender<()>>,
     rings: Vec<Ring>,
     inflight: Inflight<Guest>,
     /// Where requests wait for the limits of the disk, with the number of their ring; `None` without any.
@@ -97,6 +94,10 @@ pub(crate) struct DeviceLane {
     batch: usize,
     /// Requests that can be in flight.
     slots: usize,
+    /// What the times of requests are counted from that are attempted again later.
+    epoch: Instant,
+    /// Turns without a look at the clock for what is overdue.
+    unwatched: u32,
     patience: Patience,
     counters: Arc<LaneCounters>,
 }
@@ -107,12 +108,16 @@ pub(crate) struct LaneSetup {
     pub(crate) name: String,
     /// Its number in the disk.
     pub(crate) index: u16,
-    /// The namespace and what its controller takes.
+    /// The namespace, and what the controller takes that it was first found at.
     pub(crate) limits: Limits,
-    /// A connected I/O queue pair for each path.
-    pub(crate) pairs: Vec<Box<dyn HostQueuePair>>,
-    /// Where the end of a queue pair is told: room for one from each lane.
+    /// How commands are spread over paths.
+    pub(crate) policy: IoPolicy,
+    /// Where the end of a queue pair is told: room for two from each path of each lane.
     pub(crate) losses: mpsc::Sender<PairLost>,
+    /// Where it is told which associations' controllers say that access has changed.
+    pub(crate) changes: mpsc::Sender<u64>,
+    /// A path on which a command has no answer for so long is ended; zero waits for ever.
+    pub(crate) io_timeout: Duration,
     /// The lane's end of its mailbox.
     pub(crate) mail: mpsc::Receiver<LaneMessage>,
     /// Where it counts.
@@ -126,14 +131,16 @@ pub(crate) struct LaneSetup {
 }
 
 impl DeviceLane {
-    /// A lane without rings.
+    /// A lane without rings and paths.
     pub(crate) fn new(setup: LaneSetup) -> Self {
         let LaneSetup {
             name,
             index,
             limits,
-            pairs,
+            policy,
             losses,
+            changes,
+            io_timeout,
             mail,
             counters,
             slots,
@@ -143,13 +150,10 @@ impl DeviceLane {
         Self {
             name,
             limits,
-            paths: pairs,
-            association: FIRST_ASSOCIATION,
-            losses,
-            losing: None,
+            paths: Paths::new(policy, io_timeout, losses, changes),
             failing: false,
             fences: Arc::default(),
-            past: Counters::default(),
+            fenced: None,
             rings: Vec::new(),
             inflight: Inflight::new(index, slots),
             gate: throttle.map(|throttle| Gate::new(throttle, slots)),
@@ -160,6 +164,8 @@ impl DeviceLane {
             ended: false,
             batch: 1,
             slots,
+            epoch: Instant::now(),
+            unwatched: 0,
             patience: Patience::new(poll_max),
             counters,
         }
@@ -206,19 +212,26 @@ impl DeviceLane {
                     ring.late = true;
                 }
             }
-            LaneMessage::Lose { done } => {
-                for pair in &mut self.paths {
-                    pair.end();
-                }
-                self.losing = Some(done);
+            LaneMessage::Lose { path, done } => self.paths.lose(path, done),
+            LaneMessage::Resume(resume) => {
+                self.failing = false;
+                self.set_fences(Arc::clone(&resume.fences));
+                self.paths.resume(*resume);
             }
-            LaneMessage::Resume(resume) => self.resume(*resume),
+            LaneMessage::Release(paths) => self.inflight.release(paths, &self.limits),
             LaneMessage::Fail => self.failing = true,
-            LaneMessage::Grow { block_count } => self.limits.grow(block_count),
-            LaneMessage::Fences(fences) => {
-                self.fences = fences;
-                self.inflight.fences_changed();
+            LaneMessage::Grow { block_count } => {
+                self.limits.grow(block_count);
+                self.paths.grow(block_count);
             }
+            LaneMessage::Fences { fences, done } => {
+                self.set_fences(fences);
+                if done.is_some() {
+                    self.inflight.note_overtaken(&self.limits, &self.fences);
+                    self.fenced = done;
+                }
+            }
+            LaneMessage::Access { path, access } => self.paths.set_access(path, access),
             LaneMessage::End { done } => {
                 self.end();
                 let _ = done.send(());
@@ -237,32 +250,9 @@ impl DeviceLane {
         self.ended = true;
     }
 
-    /// Goes on with a new queue pair. What was outstanding on the old one was told before, so that its fences
-    /// are among the new.
-    fn resume(&mut self, resume: Resume) {
-        let Resume {
-            association,
-            pair,
-            limits,
-            fences,
-        } = resume;
-        self.generation = self.generation.wrapping_add(1);
-        self.paths.push(pair);
-        self.association = association;
-        self.limits = limits;
+    fn set_fences(&mut self, fences: Arc<Fences>) {
         self.fences = fences;
-        self.failing = false;
-        self.inflight.start_anew(&self.limits);
-    }
-
-    /// Sends and receives on every path. True when one has more to do at once.
-    fn progress(&mut self, ready: &mut [Ready]) -> bool {
-        let mut more = false;
-        for (pair, ready) in self.paths.iter_mut().zip(ready) {
-            more |= pair.progress(ready);
-        }
-        self.settle();
-        more
+        self.inflight.fences_changed();
     }
 
     /// Takes what was completed. True when there was something.
@@ -272,20 +262,18 @@ impl DeviceLane {
             inflight,
             limits,
             storage,
+            epoch,
             ..
         } = self;
         let mut any = false;
-        for pair in paths {
-            while let Some(completion) = pair.completion() {
-                let made_up = !completion.sqhd_valid
-                    && completion.cqe.status().code() == Status::ABORTED_BY_HOST.code();
-                let fate = match made_up && pair.ending().is_some() {
-                    true => Fate::Unknown,
-                    false => Fate::Known,
-                };
-                inflight.settle(completion, fate, limits, storage);
-                any = true;
-            }
+        while let Some((path, completion, unknown)) = paths.completion() {
+            let now = || milliseconds(*epoch);
+            let fate = match unknown {
+                true => Fate::Unknown,
+                false => paths.judge(path, completion.cqe.status(), now),
+            };
+            inflight.settle(path, completion, fate, limits, storage);
+            any = true;
         }
         any
     }
@@ -297,40 +285,23 @@ impl DeviceLane {
         self.settle() && (self.inflight.is_waiting() || self.rings.iter().any(waits))
     }
 
-    /// Sends what this turn brought about. True when one path has more to send at once.
-    fn flush_paths(&mut self, ready: &mut [Ready]) -> bool {
-        let mut more = false;
-        for (pair, ready) in self.paths.iter_mut().zip(ready) {
-            more |= pair.flush(ready);
-        }
-        more
-    }
-
-    /// Takes out paths that have ended, once nothing is outstanding on them, and tells the control plane.
+    /// Takes out paths that have ended, once nothing is outstanding on them, and tells the control plane. Then
+    /// tells it, too, that nothing is outstanding any more that the fences forbid: in this order, so that it
+    /// hears of what was lost meanwhile first.
     fn drop_lost_paths(&mut self) {
-        if self.paths.iter().any(|pair| pair.ending().is_some()) {
+        if self.paths.any_ends() {
             self.settle();
         }
-        for index in (0..self.paths.len()).rev() {
-            let pair = &self.paths[index];
-            let Some(ending) = pair.ending().filter(|_| pair.outstanding() == 0) else {
-                continue;
-            };
-            let lost = PairLost {
-                association: self.association,
-                cause: ending.to_string(),
-            };
-            // A full channel has told of a loss before.
-            let _ = self.losses.try_send(lost);
-            let pair = self.paths.remove(index);
-            self.past = sum(self.past, pair.counters());
-            self.generation = self.generation.wrapping_add(pair.generation() + 1);
-        }
-        if self.paths.is_empty()
-            && let Some(done) = self.losing.take()
+        let Self {
+            paths, inflight, ..
+        } = self;
+        paths.drop_ended(|path| inflight.take_unknown(path));
+        if self.fenced.is_some()
+            && !self.paths.any_ends()
+            && !self.inflight.is_overtaken()
+            && let Some(done) = self.fenced.take()
         {
-            // Nobody asks any more when the daemon ends.
-            let _ = done.send(self.inflight.take_unknown());
+            let _ = done.send(());
         }
     }
 
@@ -338,7 +309,7 @@ impl DeviceLane {
     /// rings have in flight that are late. True when there was something.
     fn give_up(&mut self) -> bool {
         let waiting = self.inflight.is_waiting();
-        let no_path = self.paths.iter().all(|pair| pair.ending().is_some());
+        let no_path = self.paths.none_is_alive();
         if no_path && self.failing {
             self.inflight.give_up_waiting(Status::HOST_PATH_ERROR);
         }
@@ -367,17 +338,9 @@ impl DeviceLane {
             storage,
             limits,
             fences,
-            counters,
             ..
         } = self;
-        let Some(pair) = paths.iter_mut().find(|pair| pair.ending().is_none()) else {
-            return;
-        };
-        let rejected = inflight.issue(limits, fences, storage, |sqe, transfer, token| {
-            counters.commands.add(1);
-            pair.submit(sqe, transfer, token).map(drop)
-        });
-        match rejected {
+        match inflight.issue(limits, fences, storage, paths) {
             None | Some(RejectedReason::Full | RejectedReason::Ended) => {}
             Some(RejectedReason::TooLong) => inflight.give_up_waiting(Status::INTERNAL_ERROR),
         }
@@ -385,7 +348,7 @@ impl DeviceLane {
 
     /// Takes requests from the rings that may have some. True when one has more for the next turn.
     fn take_requests(&mut self) -> bool {
-        let answers = self.paths.iter().any(|pair| pair.answers_in_flush());
+        let answers = self.paths.any_answers_in_flush();
         let (most, most_bytes) = if answers {
             (self.batch, ANSWERED_BYTES)
         } else {
@@ -556,11 +519,21 @@ impl DeviceLane {
         self.inflight.room() == self.slots && self.gate.as_ref().is_none_or(Gate::is_empty)
     }
 
+    /// Has requests begin anew whose time has come, and ends paths with commands that are overdue. Where nothing
+    /// waits for a time, the clock is read in turns that nothing has made ready, and now and then.
+    fn pass_time(&mut self, ready: &[Ready]) {
+        if self.inflight.next_due().is_some() {
+            let now = milliseconds(self.epoch);
+            self.inflight.begin_anew(now, &self.limits);
+        }
+        let often = self.unwatched >= UNWATCHED_MAX || !ready.iter().any(|ready| ready.readable);
+        self.unwatched = if often { 0 } else { self.unwatched + 1 };
+        self.paths.end_overdue(often, Instant::now);
+    }
+
     fn publish_counters(&self) {
-        let total = self
-            .paths
-            .iter()
-            .fold(self.past, |total, pair| sum(total, pair.counters()));
+        let total = self.paths.counters();
+        self.counters.commands.set(self.paths.commands());
         self.counters.copied_bytes.set(total.copied_bytes);
         self.counters.sends.set(total.sends);
         self.counters.receives.set(total.receives);
@@ -574,29 +547,24 @@ impl DeviceLane {
     }
 }
 
-fn sum(a: Counters, b: Counters) -> Counters {
-    Counters {
-        copied_bytes: a.copied_bytes + b.copied_bytes,
-        sends: a.sends + b.sends,
-        receives: a.receives + b.receives,
-    }
+/// Milliseconds since then, never 0.
+fn milliseconds(epoch: Instant) -> u64 {
+    let millis = epoch.elapsed().as_millis();
+    u64::try_from(millis).unwrap_or(u64::MAX).max(1)
 }
 
 impl Lane for DeviceLane {
     fn generation(&self) -> u64 {
-        let paths = self.paths.iter().map(|pair| pair.generation());
-        paths.fold(self.generation, u64::wrapping_add)
+        self.generation.wrapping_add(self.paths.generation())
     }
 
     fn descriptors<'a>(&'a self, out: &mut Vec<BorrowedFd<'a>>) {
-        out.extend(self.paths.iter().map(|pair| pair.interest().fd));
+        out.extend(self.paths.descriptors());
         out.extend(self.rings.iter().filter_map(|ring| ring.queue.kick_fd()));
     }
 
     fn wants_write(&self, index: usize) -> bool {
-        self.paths
-            .get(index)
-            .is_some_and(|pair| pair.interest().writable)
+        self.paths.wants_write(index)
     }
 
     fn poll_mailbox(&mut self, cx: &mut Context<'_>) -> bool {
@@ -620,7 +588,10 @@ impl Lane for DeviceLane {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.held_until()
+        let due = self.inflight.next_due();
+        let due = due.and_then(|due| self.epoch.checked_add(Duration::from_millis(due)));
+        let times = [self.held_until(), self.paths.overdue_at(), due];
+        times.into_iter().flatten().min()
     }
 
     fn turn(&mut self, ready: &mut [Ready]) -> Turn {
@@ -628,19 +599,21 @@ impl Lane for DeviceLane {
             return Turn::Ended;
         }
         self.counters.turns.add(1);
+        self.pass_time(ready);
         let paths = self.paths.len();
         let (path_ready, kicks) = ready.split_at_mut(paths.min(ready.len()));
         for (ring, kick) in self.kicked_rings().zip(kicks) {
             ring.scan |= std::mem::take(&mut kick.readable);
         }
         // Completions before new work: they make room for it.
-        let mut again = self.progress(path_ready);
+        let mut again = self.paths.progress(path_ready);
+        self.settle();
         self.issue();
         again |= self.take_requests();
         if !self.is_idle() {
             self.patience.worked(Instant::now);
         }
-        again |= self.flush_paths(path_ready);
+        again |= self.paths.flush(path_ready);
         again |= self.settle_at_once();
         self.drop_lost_paths();
         again |= self.give_up();
@@ -658,6 +631,7 @@ impl Lane for DeviceLane {
         } else {
             again |= self.rearm();
         }
+        self.paths.watch_overdue(Instant::now);
         self.publish_counters();
         if again { Turn::Again } else { Turn::Idle }
     }

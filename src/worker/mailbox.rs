@@ -8,6 +8,7 @@ use vhost_user_blk::{Queue, QueueUpdate};
 
 use crate::bridge::fence::Fences;
 use crate::bridge::inflight::Unknown;
+use crate::bridge::path_choice::{Access, PathSet};
 use crate::bridge::translate::Limits;
 
 /// A message to a lane. Each is answered when it has taken effect, or takes effect at once.
@@ -43,13 +44,17 @@ pub(crate) enum LaneMessage {
         /// Its number in the device.
         index: usize,
     },
-    /// The association is lost: end the queue pair, and hold what is not answered.
+    /// The association of a path is lost: end its queue pair, and park what is not answered.
     Lose {
-        /// Gets what was outstanding on queue pairs that are gone, once nothing is on any.
+        /// Its number in the disk.
+        path: usize,
+        /// Gets what was outstanding on queue pairs of the path that are gone, once nothing is on any.
         done: oneshot::Sender<Unknown>,
     },
     /// Go on with a new queue pair.
     Resume(Box<Resume>),
+    /// What was lost with these paths may begin anew: every lane knows its fences.
+    Release(PathSet),
     /// Until there is a queue pair, whatever is held fails, and what comes, too.
     Fail,
     /// The namespace has grown.
@@ -58,7 +63,19 @@ pub(crate) enum LaneMessage {
         block_count: u64,
     },
     /// Other fences from now on.
-    Fences(Arc<Fences>),
+    Fences {
+        /// All of the disk's.
+        fences: Arc<Fences>,
+        /// Answered when no command is outstanding that they forbid; dropped when others come first.
+        done: Option<oneshot::Sender<()>>,
+    },
+    /// What a path is good for from now on.
+    Access {
+        /// Its number in the disk.
+        path: usize,
+        /// See there.
+        access: Access,
+    },
     /// Drop everything and end.
     End {
         /// Answered when the lane holds nothing any more.
@@ -66,14 +83,22 @@ pub(crate) enum LaneMessage {
     },
 }
 
-/// What a lane goes on with after a loss.
+/// What a lane goes on with, at first and after a loss.
 pub(crate) struct Resume {
-    /// The association that it belongs to, counted from 1.
+    /// The number of the path in the disk.
+    pub(crate) path: usize,
+    /// The association that it belongs to, counted from 1 over all paths of the disk.
     pub(crate) association: u64,
     /// Connected.
     pub(crate) pair: Box<dyn HostQueuePair>,
     /// What its controller takes.
     pub(crate) limits: Limits,
+    /// The pauses before another attempt that its controller may ask for, in milliseconds.
+    pub(crate) retry_delays: [u64; 3],
+    /// What the path is good for.
+    pub(crate) access: Access,
+    /// The controller tells, and tells when it changes.
+    pub(crate) reports_access: bool,
     /// All of the disk's.
     pub(crate) fences: Arc<Fences>,
 }

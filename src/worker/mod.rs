@@ -2,6 +2,8 @@
 
 pub(crate) mod lane;
 pub(crate) mod mailbox;
+mod overdue;
+mod paths;
 mod patience;
 pub(crate) mod rate;
 pub(crate) mod throttle;

@@ -29,6 +29,7 @@ mod finding;
 mod growth;
 mod local;
 mod malformed;
+mod multipath;
 mod outages;
 mod protocol;
 mod requests;

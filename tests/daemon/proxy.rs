@@ -18,6 +18,8 @@ struct Shared {
     silent: bool,
     /// The hosts' ends of connections.
     hosts: Vec<TcpStream>,
+    /// Bytes that came from hosts.
+    sent: u64,
 }
 
 impl Proxy {
@@ -29,6 +31,7 @@ impl Proxy {
             target: target.to_owned(),
             silent: false,
             hosts: Vec::new(),
+            sent: 0,
         }));
         let accepting = Arc::clone(&shared);
         thread::spawn(move || {
@@ -48,6 +51,11 @@ impl Proxy {
     /// From now on everything is swallowed, or passed on again. What was swallowed is gone.
     pub(crate) fn silence(&self, silent: bool) {
         lock(&self.shared).silent = silent;
+    }
+
+    /// Bytes that came from hosts up to now.
+    pub(crate) fn sent(&self) -> u64 {
+        lock(&self.shared).sent
     }
 
     /// Ends all connections with hosts. The target is told nothing, and goes on.
@@ -71,23 +79,31 @@ fn relay(host: &TcpStream, shared: &Arc<Mutex<Shared>>) {
     lock(shared).hosts.push(clone(host));
     let (from_host, to_target) = (clone(host), clone(&target));
     let kept = Arc::clone(shared);
-    thread::spawn(move || pass_on(from_host, to_target, &kept));
+    thread::spawn(move || pass_on(from_host, to_target, &kept, true));
     let (to_host, kept) = (clone(host), Arc::clone(shared));
     thread::spawn(move || {
         let end = clone(&to_host);
-        pass_on(target, to_host, &kept);
+        pass_on(target, to_host, &kept, false);
         let _ = end.shutdown(Shutdown::Both);
     });
 }
 
 /// Until `from` has no more. What `to` does not take is lost.
-fn pass_on(mut from: TcpStream, mut to: TcpStream, shared: &Mutex<Shared>) {
+fn pass_on(mut from: TcpStream, mut to: TcpStream, shared: &Mutex<Shared>, counted: bool) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         match from.read(&mut buffer) {
             Ok(0) | Err(_) => break,
-            Ok(len) if !lock(shared).silent => drop(to.write_all(&buffer[..len])),
-            Ok(_) => {}
+            Ok(len) => {
+                let silent = {
+                    let mut shared = lock(shared);
+                    shared.sent += if counted { len as u64 } else { 0 };
+                    shared.silent
+                };
+                if !silent {
+                    let _ = to.write_all(&buffer[..len]);
+                }
+            }
         }
     }
     // A thread that ends here would close the target's end at once.

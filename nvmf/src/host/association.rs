@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::address::{TargetAddress, share};
 use super::admin::{ADMIN_QUEUE_ENTRIES, Admin, LossReport};
-use super::ana::{self, AnaLog};
+use super::ana::AnaLog;
 use super::connect::{ConnectQueue, Connected, Parties, connect_queue};
 use super::dial::{Dial, Local, NewQueue, Tcp};
 use super::enable::{enable, read_capabilities, shut_down};
@@ -279,6 +279,8 @@ impl Association {
             subnqn: self.info.subnqn.clone(),
             hostnqn: self.options.hostnqn.clone(),
             max_transfer: self.info.max_transfer,
+            ana: self.info.ana,
+            extended_log: self.info.extended_log,
             within: self.options.connect_timeout,
         }
     }
@@ -289,15 +291,7 @@ impl Association {
     /// The controller reports nothing of the kind ([`ControllerInfo::ana`]), does not answer within the time for
     /// connecting, or its log makes no sense.
     pub async fn ana_log(&self) -> Result<AnaLog, HostError> {
-        let at = self.info.address;
-        let info = self.info.ana.ok_or_else(|| HostError::Unusable {
-            at,
-            reason: "it does not report asymmetric namespace access".to_owned(),
-        })?;
-        let (begun, within) = (Instant::now(), self.options.connect_timeout);
-        let admin = self.admin.bounded(begun, begun + within);
-        let most = self.info.max_transfer;
-        ana::read_log(&admin, &info, most, self.info.extended_log).await
+        self.inquiry().ana_log().await
     }
 
     /// What the controller reports of its own accord, from now on: asks for the events that it offers, and

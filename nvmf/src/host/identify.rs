@@ -24,6 +24,8 @@ const COMMAND_UNITS: u32 = 4;
 /// CNTRLTYPE of a discovery and of an administrative controller.
 const DISCOVERY_CONTROLLER: u8 = 2;
 const ADMINISTRATIVE_CONTROLLER: u8 = 3;
+/// Unit of the retry delays (CRDT).
+const RETRY_DELAY_UNIT: Duration = Duration::from_millis(100);
 /// Unit of the keep-alive granularity (KAS).
 const KEEP_ALIVE_UNIT: Duration = Duration::from_millis(100);
 /// Ranges that one Dataset Management command can hold.
@@ -60,6 +62,9 @@ pub struct ControllerInfo {
     pub max_write_zeroes: Option<u64>,
     /// Limits of Dataset Management.
     pub deallocate: DeallocateLimits,
+    /// How long it may ask to wait before a command that failed is tried again: by retry delay 1 to 3 of
+    /// a status (CRDT1 to CRDT3). Zero is not at all.
+    pub retry_delays: [Duration; 3],
     /// How it finds out that its host is gone.
     pub liveness: Liveness,
     /// What its subsystem may have several of: see [`cmic`].
@@ -217,6 +222,9 @@ fn digest(
         volatile_write_cache: data.vwc & 1 != 0,
         max_write_zeroes: None,
         deallocate: DeallocateLimits::default(),
+        retry_delays: data
+            .crdt
+            .map(|delay| RETRY_DELAY_UNIT * u32::from(delay.get())),
         liveness: Liveness {
             granularity: KEEP_ALIVE_UNIT * u32::from(data.kas.get()),
             traffic_based: data.ctratt.get() & ctratt::TBKAS != 0,

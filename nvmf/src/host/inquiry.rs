@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::admin::Admin;
+use super::ana::{self, AnaInfo, AnaLog};
 use super::error::HostError;
 use super::namespace::{Found, NamespaceInfo, NamespaceSelector};
 use super::survey::Survey;
@@ -26,6 +27,10 @@ pub struct Inquiry {
     pub(super) hostnqn: Nqn,
     /// Bytes that one command may transfer.
     pub(super) max_transfer: Option<u64>,
+    /// What the controller says about asymmetric namespace access.
+    pub(super) ana: Option<AnaInfo>,
+    /// Parts of logs at any offset can be read.
+    pub(super) extended_log: bool,
     /// How long connecting may take.
     pub(super) within: Duration,
 }
@@ -42,6 +47,20 @@ impl Inquiry {
     /// As there.
     pub async fn reidentify(&self, nsid: u32) -> Result<Option<NamespaceInfo>, HostError> {
         self.survey(async |survey| survey.one(nsid).await).await
+    }
+
+    /// As [`super::Association::ana_log`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn ana_log(&self) -> Result<AnaLog, HostError> {
+        let info = self.ana.ok_or_else(|| HostError::Unusable {
+            at: self.address,
+            reason: "it does not report asymmetric namespace access".to_owned(),
+        })?;
+        let begun = Instant::now();
+        let admin = self.admin.bounded(begun, begun + self.within);
+        ana::read_log(&admin, &info, self.max_transfer, self.extended_log).await
     }
 
     /// All active namespaces.
