@@ -445,6 +445,10 @@ Examples:
   As nvme-cli is configured:
     vhost-nvmf attach --socket-path /run/disk.sock --config-fabrics /etc/nvme/nvme-fabrics.conf \\
         --nqn nqn.2026-01.org.example:disks
+  By two networks, each used in turn:
+    vhost-nvmf attach --socket-path /run/disk.sock --iopolicy round-robin \\
+        --path nvme+tcp://192.0.2.10/nqn.2026-01.org.example:disks \\
+        nvme+tcp://198.51.100.10/nqn.2026-01.org.example:disks
   Over a network that is not trusted to keep bits as they are:
     vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks

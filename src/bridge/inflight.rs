@@ -12,6 +12,7 @@
 //! nobody else.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use nvmf::spec::{Sqe, Status};
 use nvmf::transport::{Completion, Rejected, RejectedReason, Transfer};
@@ -129,6 +130,8 @@ struct Entry<T> {
     /// Attempts that failed and counted.
     retries: u8,
     operation: Operation,
+    /// Bytes of memory that the operation has when none is lent to a command.
+    len: usize,
     plan: Plan,
     /// Commands submitted and not completed.
     outstanding: u32,
@@ -208,6 +211,11 @@ impl<T> Inflight<T> {
             self.waiting.push_back(index);
         }
         self.opened += 1;
+        let len = match &operation {
+            Operation::Read { sink, .. } => sink.len(),
+            Operation::Write { source, .. } => source.len(),
+            Operation::Flush | Operation::Discard(_) | Operation::WriteZeroes { .. } => 0,
+        };
         if let Some(slot) = self.slots.get_mut(usize::from(index)) {
             slot.entry = Some(Entry {
                 guest,
@@ -221,6 +229,7 @@ impl<T> Inflight<T> {
                 avoid: PathSet::EMPTY,
                 retries: 0,
                 operation,
+                len,
                 plan,
                 outstanding: 0,
                 lent_whole: false,
@@ -493,15 +502,24 @@ enum Stopped {
 }
 
 impl<T> Entry<T> {
+    /// The blocks that it changes, also while its memory is lent.
+    fn written<'a>(&'a self, limits: &Limits) -> impl Iterator<Item = Range<u64>> + 'a {
+        let mut request = Request::from(&self.operation);
+        if let Request::Write { len, .. } = &mut request {
+            *len = self.len;
+        }
+        limits.written(request)
+    }
+
     fn is_forbidden(&self, limits: &Limits, fences: &Fences) -> bool {
-        let mut written = limits.written(Request::from(&self.operation));
+        let mut written = self.written(limits);
         written.any(|blocks| fences.forbid(self.owner, &blocks))
     }
 
     /// Fences all that the request writes, since its commands are not told apart. Who collects the fences says
     /// of which association they are and how long they last.
     fn fence(&self, limits: &Limits, fences: &mut Fences) {
-        for blocks in limits.written(Request::from(&self.operation)) {
+        for blocks in self.written(limits) {
             fences.add(Fence {
                 slba: blocks.start,
                 blocks: blocks.end - blocks.start,

@@ -1,7 +1,5 @@
 //! Requests through the slot table, against a queue of the tests' own.
 
-use std::ops::Range;
-
 use memdesc::{MemSink, MemSource};
 use nvmf::host::ControllerInfo;
 use nvmf::spec::Cqe;

@@ -25,6 +25,11 @@ pub(crate) enum Access {
 }
 
 impl Access {
+    /// Commands may be sent there.
+    pub(crate) fn is_usable(self) -> bool {
+        self.rank().is_some()
+    }
+
     /// 0 is best; `None` is not to be used.
     fn rank(self) -> Option<u8> {
         match self {

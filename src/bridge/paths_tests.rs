@@ -1,8 +1,6 @@
 //! A disk of two lanes with two paths in a model: pairs end, losses are collected, fences and releases reach the lanes
 //! late, and what lost associations still have is carried out at any time until they expire.
 
-use std::ops::Range;
-
 use memdesc::MemSource;
 use nvmf::host::ControllerInfo;
 use nvmf::spec::Cqe;

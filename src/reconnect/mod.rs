@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use self::path::{Path, Reason};
 use self::state::Event;
-use self::way_back::{Found, NotBack, WayBack, access_of};
+use self::way_back::{Found, NotBack, SHUTDOWN, WayBack, access_of};
 use crate::bridge::fence::Fences;
 use crate::bridge::path_choice::{Access, PathSet};
 use crate::bridge::translate::Limits;
@@ -227,8 +227,19 @@ impl Paths {
                 }
             }
             News::Verified(index, Ok((association, found))) => {
-                self.enter(index, Event::Verified);
-                self.resume(index, association, found).await;
+                match self.too_few(&association, &found) {
+                    None => {
+                        self.enter(index, Event::Verified);
+                        self.resume(index, association, found).await;
+                    }
+                    Some(error) => {
+                        drop(found);
+                        self.tasks.spawn(async move {
+                            association.shutdown(SHUTDOWN).await;
+                            News::Verified(index, Err(error))
+                        });
+                    }
+                }
             }
             News::Lost(lost) => {
                 if let Some(index) = self.path_of(lost.association) {
@@ -369,6 +380,18 @@ impl Paths {
         }
     }
 
+    /// With this path alone, some lanes would have none.
+    fn too_few(&self, association: &Association, found: &Found) -> Option<NotBack> {
+        let (granted, lanes) = (found.pairs.len(), self.lanes.len());
+        let covered = |path: &Path| path.association.is_some() && path.for_all_lanes;
+        let enough = granted >= lanes || self.paths.iter().any(covered);
+        (!enough).then(|| NotBack::TooFewQueues {
+            at: association.controller().address,
+            granted,
+            lanes,
+        })
+    }
+
     fn way_back(&self, index: usize) -> Option<WayBack> {
         self.paths.get(index)?.way_back.clone()
     }
@@ -405,6 +428,7 @@ impl Paths {
         }
         if let Some(path) = self.paths.get_mut(index) {
             path.resume(association, number, namespace.nsid);
+            path.for_all_lanes = pairs.len() >= self.lanes.len();
         }
         for (lane, pair) in self.lanes.iter().zip(pairs) {
             let resume = Resume {

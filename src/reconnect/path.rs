@@ -48,6 +48,8 @@ pub(super) struct Path {
     pub(super) number: u64,
     /// What the namespace is called there.
     pub(super) nsid: u32,
+    /// Every lane has a queue pair there.
+    pub(super) for_all_lanes: bool,
     /// What the path is good for.
     pub(super) access: Access,
     /// When its controller must be through with a change of that.
@@ -75,6 +77,7 @@ impl Path {
             association: None,
             number: 0,
             nsid: 0,
+            for_all_lanes: false,
             access: Access::Optimized,
             change_ends: None,
             outage: Outage {

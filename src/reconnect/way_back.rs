@@ -12,7 +12,7 @@ use super::verify::{NotTheSame, has_own_name, selector, verify};
 use crate::bridge::path_choice::Access;
 
 /// How long a controller may take to shut down that is of no use.
-const SHUTDOWN: Duration = Duration::from_millis(500);
+pub(super) const SHUTDOWN: Duration = Duration::from_millis(500);
 
 /// Where a namespace was, and what its user has decided about its loss.
 #[derive(Clone)]
@@ -53,6 +53,19 @@ pub(crate) enum NotBack {
         at: std::net::SocketAddr,
         /// What is different.
         reason: NotTheSame,
+    },
+    /// Some lanes would have no path at all.
+    #[error(
+        "the controller at {at} grants {granted} I/O queues now; the disk has {lanes} lanes, and no other path that has \
+         a queue for each"
+    )]
+    TooFewQueues {
+        /// Its address.
+        at: std::net::SocketAddr,
+        /// I/O queues that there are.
+        granted: usize,
+        /// I/O queues that there have to be.
+        lanes: usize,
     },
     /// Nothing says that it is the same by another path.
     #[error(

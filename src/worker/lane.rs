@@ -309,7 +309,7 @@ impl DeviceLane {
     /// rings have in flight that are late. True when there was something.
     fn give_up(&mut self) -> bool {
         let waiting = self.inflight.is_waiting();
-        let no_path = self.paths.none_is_alive();
+        let no_path = self.paths.none_is_usable();
         if no_path && self.failing {
             self.inflight.give_up_waiting(Status::HOST_PATH_ERROR);
         }

@@ -245,9 +245,10 @@ impl Paths {
         self.live.iter().any(|live| live.pair.ending().is_some())
     }
 
-    /// None takes commands, whatever they are good for.
-    pub(super) fn none_is_alive(&self) -> bool {
-        self.live.iter().all(|live| live.pair.ending().is_some())
+    /// None takes commands.
+    pub(super) fn none_is_usable(&self) -> bool {
+        let usable = |live: &Live| live.pair.ending().is_none() && live.access.is_usable();
+        !self.live.iter().any(usable)
     }
 
     /// One answers within its flush.

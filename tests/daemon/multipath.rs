@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::daemons::{Attach, Export};
+use crate::daemons::{Attach, Directory, Export};
 use crate::front_end::{DATA, FrontEnd, IOERR, OK, Setup, UNANSWERED, kind};
 use crate::outages::{BACK, FENCED, QUICK, WHILE, await_logged, await_status, under_load};
 use crate::proxy::Proxy;
@@ -286,5 +286,67 @@ fn errors_that_may_pass_are_not_seen_by_the_guest_unless_they_stay_or_must_not_b
         drop(guest);
         attach.stop();
         assert_eq!(attach.counter("commands"), commands, "{fault}");
+    }
+}
+
+/// A path to one file of its own target, whose controller reports this state.
+fn export_with_access(state: &str, spec: &str) -> (Export, Proxy) {
+    let args = [
+        "--listen",
+        "127.0.0.1:0",
+        "--subnqn",
+        "nqn.2026-01.org.example:both",
+    ];
+    let export = Export::start_with(&[&args[..], &["--ana-state", state]].concat(), &[spec]);
+    let proxy = Proxy::start(export.address());
+    (export, proxy)
+}
+
+#[test]
+fn the_better_path_is_used_the_other_when_it_is_lost_and_the_better_again_when_it_is_back() {
+    for (worse, usable) in [("non-optimized", true), ("inaccessible", false)] {
+        let directory = Directory::new();
+        let path = directory.path("disk.img");
+        let file = std::fs::File::create(&path).expect("a file");
+        file.set_len(8 << 20).expect("room");
+        let uuid = "uuid=6ba7b810-9dad-41d1-80b4-00c04fd430c8";
+        let spec = format!("file:{},{uuid}", path.display());
+        let (first, worse_proxy) = export_with_access(worse, &spec);
+        let (second, better_proxy) = export_with_access("optimized", &spec);
+        let better = better_proxy.uri(second.subsystem());
+        let args = [&QUICK[..], &["--path", &better]].concat();
+        let mut attach = Attach::start_with(&args, &worse_proxy.uri(first.subsystem()));
+        await_logged(&attach, ANOTHER, 1);
+        let mut guest = FrontEnd::connect(&attach.socket);
+        let sent = |proxy: &Proxy, guest: &mut FrontEnd| {
+            let before = proxy.sent();
+            for sector in 0..32 {
+                assert_eq!(guest.write(0, sector, &[9; 4096]), OK);
+            }
+            proxy.sent() - before > 32 * 4096
+        };
+        assert!(sent(&better_proxy, &mut guest), "{worse}");
+        assert!(!sent(&worse_proxy, &mut guest), "{worse}");
+        better_proxy.silence(true);
+        better_proxy.cut_hosts_off();
+        await_losses(&attach, 1);
+        if usable {
+            assert!(sent(&worse_proxy, &mut guest), "{worse}");
+        } else {
+            guest.memory.write(DATA, &[3; 512]);
+            guest.add(0, 0, kind::WRITE, 0, &[out(DATA, 512)]);
+            guest.rings[0].submit();
+            assert!(guest.rings[0].is_silent(WHILE), "nothing can be reached");
+        }
+        better_proxy.silence(false);
+        better_proxy.cut_hosts_off();
+        await_logged(&attach, BACK, 1);
+        if !usable {
+            guest.rings[0].wait(1);
+            assert_eq!(guest.status(0, 0), OK);
+        }
+        assert!(sent(&better_proxy, &mut guest), "{worse}");
+        attach.stop();
+        assert_eq!(attach.counter("errors"), 0);
     }
 }
