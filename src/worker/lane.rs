@@ -563,6 +563,11 @@ impl Lane for DeviceLane {
         out.extend(self.rings.iter().filter_map(|ring| ring.queue.kick_fd()));
     }
 
+    /// Kicks are never answered on their descriptors.
+    fn writes(&self, index: usize) -> bool {
+        self.paths.writes(index)
+    }
+
     fn wants_write(&self, index: usize) -> bool {
         self.paths.wants_write(index)
     }

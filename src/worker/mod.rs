@@ -150,8 +150,8 @@ impl Driver {
         let mut descriptors = Vec::new();
         self.lane.descriptors(&mut descriptors);
         self.watches.clear();
-        for fd in &descriptors {
-            self.watches.push(Watch::new(*fd)?);
+        for (index, fd) in descriptors.iter().enumerate() {
+            self.watches.push(Watch::new(*fd, self.lane.writes(index))?);
         }
         self.ready.clear();
         self.ready.resize(
@@ -189,6 +189,10 @@ mod tests {
 
         fn descriptors<'a>(&'a self, _out: &mut Vec<BorrowedFd<'a>>) {}
 
+        fn writes(&self, _index: usize) -> bool {
+            false
+        }
+
         fn wants_write(&self, _index: usize) -> bool {
             false
         }
@@ -221,6 +225,10 @@ mod tests {
         }
 
         fn descriptors<'a>(&'a self, _out: &mut Vec<BorrowedFd<'a>>) {}
+
+        fn writes(&self, _index: usize) -> bool {
+            false
+        }
 
         fn wants_write(&self, _index: usize) -> bool {
             false

@@ -306,6 +306,12 @@ impl Paths {
         self.live.iter().map(|live| live.pair.interest().fd)
     }
 
+    /// Descriptor number `index` may be waited on for writing: not where a path ends in this process.
+    pub(super) fn writes(&self, index: usize) -> bool {
+        let live = self.live.get(index);
+        live.is_some_and(|live| !live.pair.answers_in_flush())
+    }
+
     /// Descriptor number `index` is waited on for writing.
     pub(super) fn wants_write(&self, index: usize) -> bool {
         let live = self.live.get(index);

@@ -1,20 +1,20 @@
 //! How long a lane goes on looking for work before it lets its thread sleep.
 //!
 //! A sleep costs the time that it takes to be woken, and the processor what that takes. So where the
-//! next request came soon after the last answer, a lane looks again for a while, as QEMU's
-//! I/O threads do: the time doubles as long as work comes within the most that was allowed, and is
-//! nothing again as soon as it does not.
+//! next request mostly comes soon after the last answer, a lane looks again for a while. Where it mostly comes
+//! later, or now sooner and now later, looking costs more than it saves, and a lane sleeps at once.
 
 use std::time::{Duration, Instant};
 
-/// The first time that is tried.
-const FIRST: Duration = Duration::from_micros(4);
+/// Of the last pauses, those that have to have been short enough for the next one to be looked through.
+const WORTH_IT: u32 = 13;
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Patience {
     most: Duration,
-    now: Duration,
+    /// The last sixteen pauses, one bit for each that was short enough.
+    short: u16,
     /// When there was nothing more to do.
     idle_since: Option<Instant>,
 }
@@ -24,7 +24,7 @@ impl Patience {
     pub(super) fn new(most: Duration) -> Self {
         Self {
             most,
-            now: Duration::ZERO,
+            short: 0,
             idle_since: None,
         }
     }
@@ -35,11 +35,7 @@ impl Patience {
             return;
         };
         let idle = clock().saturating_duration_since(since);
-        if idle > self.most {
-            self.now = Duration::ZERO;
-        } else if idle > self.now {
-            self.now = (self.now * 2).max(FIRST).min(self.most);
-        }
+        self.short = self.short << 1 | u16::from(idle <= self.most);
     }
 
     /// There is nothing to do. True to look again, false to sleep.
@@ -49,7 +45,7 @@ impl Patience {
         }
         let now = clock();
         let since = *self.idle_since.get_or_insert(now);
-        now.saturating_duration_since(since) < self.now
+        self.short.count_ones() >= WORTH_IT && now.saturating_duration_since(since) < self.most
     }
 }
 
@@ -74,18 +70,34 @@ mod tests {
     }
 
     #[test]
-    fn pauses_that_fit_are_looked_through_after_a_few_and_one_that_does_not_ends_that() {
+    fn pauses_are_looked_through_where_most_of_them_were_short() {
         let clock = Clock(Instant::now());
         let mut patience = Patience::new(Duration::from_micros(32));
-        let found: Vec<bool> = (0..6)
-            .map(|round| pause(&mut patience, &clock, round * 100, round * 100 + 20))
-            .collect();
-        assert_eq!(found, [false, false, false, false, true, true]);
-        assert!(
-            !pause(&mut patience, &clock, 1000, 1040),
-            "longer than allowed"
-        );
-        assert!(!patience.look_again(|| clock.at(2000)), "sleeps at once");
+        let short = |patience: &mut Patience, round: u64| {
+            pause(patience, &clock, round * 100, round * 100 + 20)
+        };
+        let long = |patience: &mut Patience, round: u64| {
+            pause(patience, &clock, round * 100, round * 100 + 40)
+        };
+        let found: Vec<bool> = (0..15).map(|round| short(&mut patience, round)).collect();
+        assert_eq!(found, [[false; 13].as_slice(), &[true; 2]].concat());
+        // Three in sixteen may be longer.
+        for round in 15..18 {
+            assert!(!long(&mut patience, round), "longer than allowed");
+            assert!(short(&mut patience, 20 + round));
+        }
+        long(&mut patience, 50);
+        assert!(!short(&mut patience, 51), "not worth it any more");
+    }
+
+    #[test]
+    fn pauses_that_are_now_short_and_now_long_are_slept_through() {
+        let clock = Clock(Instant::now());
+        let mut patience = Patience::new(Duration::from_micros(32));
+        for round in 0..100 {
+            let end = round * 1000 + if round % 3 == 0 { 500 } else { 5 };
+            assert!(!pause(&mut patience, &clock, round * 1000, end));
+        }
     }
 
     #[test]

@@ -473,6 +473,10 @@ impl Lane for TargetLane {
         out.extend(self.io.descriptor());
     }
 
+    fn writes(&self, index: usize) -> bool {
+        index == 0
+    }
+
     fn wants_write(&self, index: usize) -> bool {
         index == 0 && self.pair.interest().writable
     }

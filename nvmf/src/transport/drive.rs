@@ -21,7 +21,7 @@ impl<P: QueuePair + ?Sized> Driven<P> {
     /// # Errors
     /// The runtime refuses the descriptor.
     pub fn new(pair: Box<P>) -> io::Result<Self> {
-        let watch = Watch::new(pair.interest().fd)?;
+        let watch = Watch::new(pair.interest().fd, true)?;
         Ok(Self {
             watch,
             pair,

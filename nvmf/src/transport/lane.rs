@@ -26,6 +26,10 @@ pub trait Lane: Send {
     /// [`Self::generation`] does.
     fn descriptors<'a>(&'a self, out: &mut Vec<BorrowedFd<'a>>);
 
+    /// False when the lane never waits until it can write to descriptor number `index`. It stays the same while
+    /// [`Self::generation`] does.
+    fn writes(&self, index: usize) -> bool;
+
     /// True when the lane waits until it can write to descriptor number `index`. All are waited on
     /// for reading.
     fn wants_write(&self, index: usize) -> bool;

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::task::{Context, Poll};
 
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::Ready;
@@ -16,26 +17,31 @@ use super::Ready;
 /// Times that readiness is cleared before it is taken to be permanent.
 const ROUNDS: usize = 4;
 
-/// A descriptor registered with the current tokio runtime, edge-triggered, for both directions.
+/// A descriptor registered with the current tokio runtime, edge-triggered, for one direction or both.
 ///
 /// It holds a duplicate, so the owner may close its own at any time.
 #[derive(Debug)]
 pub struct Watch(AsyncFd<OwnedFd>);
 
 impl Watch {
-    /// Registers a descriptor.
+    /// Registers a descriptor, for reading and, with `writes`, for writing. One that is never written to
+    /// had better be registered without: an io_uring can always be written to, and says so again and again.
     ///
     /// # Errors
     /// No descriptor left, or one that cannot be polled.
-    pub fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
+    pub fn new(fd: BorrowedFd<'_>, writes: bool) -> io::Result<Self> {
         let duplicate = fd.try_clone_to_owned()?;
+        let interest = match writes {
+            true => Interest::READABLE | Interest::WRITABLE,
+            false => Interest::READABLE,
+        };
         // SAFETY: the `AsyncFd` owns the duplicate, and nothing here replaces or closes it.
-        let registered = unsafe { AsyncFd::register(duplicate) };
+        let registered = unsafe { AsyncFd::register_with_interest(duplicate, interest) };
         registered.map(Self).map_err(io::Error::from)
     }
 
-    /// Adds to `ready` what has become possible, and leaves the waker for what has not. True when
-    /// something was added.
+    /// Adds to `ready` what has become possible, and leaves the waker for what has not; `writable` only where
+    /// it was registered. True when something was added.
     pub fn poll(&self, cx: &mut Context<'_>, writable: bool, ready: &mut Ready) -> bool {
         let mut news = false;
         // Cleared at once: `ready` remembers, and whatever happens after this sets it anew. A

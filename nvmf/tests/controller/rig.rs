@@ -79,7 +79,7 @@ async fn drive(mut lane: Box<dyn Lane>) {
                 lane.descriptors(&mut descriptors);
                 watches = descriptors
                     .iter()
-                    .map(|fd| Watch::new(*fd).unwrap())
+                    .map(|fd| Watch::new(*fd, true).unwrap())
                     .collect();
                 let both = Ready {
                     readable: true,
