@@ -212,7 +212,7 @@ fn malformed_names_and_numbers_are_named() {
         ("--iopolicy", "random", "round-robin"),
         (
             "--path",
-            "nvme+tcp://h/nqn.2026-01.org.example:other",
+            "nvme+tcp://h:4420/nqn.2026-01.org.example:other",
             "another subsystem",
         ),
         ("--path", "127.0.0.1", "nvme+tcp://"),
