@@ -256,8 +256,8 @@ pub(crate) struct AttachArgs {
     /// [default: that of the service manager, /var/lib/vhost-nvmf where it is there, or vhost-nvmf in $XDG_STATE_HOME]
     #[arg(long, value_name = "DIR")]
     pub(crate) state_dir: Option<PathBuf>,
-    /// Read from this file, of the form of nvme-cli's /etc/nvme/nvme-fabrics.conf, and from FILE.d/*.conf where the
-    /// subsystem is and how to connect; options given here win
+    /// Take the ways to the subsystem, and how to connect, from this file and from FILE.d/*.conf, of the form of nvme-cli's
+    /// /etc/nvme/nvme-fabrics.conf; options given here win
     #[arg(long, value_name = "FILE")]
     pub(crate) config_fabrics: Option<PathBuf>,
     /// Subsystem of the file [default: the only one]

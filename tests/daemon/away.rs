@@ -303,6 +303,9 @@ fn a_disk_that_is_found_by_discovery_is_remembered_with_the_way_to_it() {
     attach
         .process
         .await_log(|line| line.contains("tells of a new way") && line.contains(second));
+    attach.process.await_log(|line| {
+        line.contains("another path is connected") && line.contains("127.0.0.2:")
+    });
     assert_eq!(guest.read(0, 0, 512), (OK, vec![7; 512]));
     attach.stop();
 }

@@ -179,3 +179,45 @@ fn a_disk_is_attached_by_what_discovery_tells() {
         "{nobody}"
     );
 }
+
+#[test]
+fn all_ways_of_a_file_and_of_discovery_are_paths_of_the_disk() {
+    let nqn = "nqn.2026-01.org.example:two-ways";
+    let listen = [
+        "--listen",
+        "127.0.0.1:0",
+        "--listen",
+        "127.0.0.2:0",
+        "--subnqn",
+        nqn,
+    ];
+    let uuid = "ram:8M,uuid=6ba7b810-9dad-41d1-80b4-00c04fd430c8";
+    let export = Export::start_with(&listen, &[uuid]);
+    let uris = export
+        .process
+        .await_stdout(|line| line.contains("127.0.0.2:"));
+    let second = uris.iter().find(|uri| uri.contains("127.0.0.2:"));
+    let second = second
+        .expect("an address")
+        .split(['/', ':'])
+        .nth(4)
+        .expect("a port");
+    let mut text = section(nqn, &[&of(&export).1]);
+    text += &format!("controller = transport=tcp;traddr=127.0.0.2;trsvcid={second}\n");
+    let conf = Conf::new(&text);
+    let search = format!("nvme+tcp-discovery://{}/", export.address());
+    for mut attach in [conf.attach(&[]), Attach::start(&search)] {
+        let paths = ["namespace attached", "another path is connected"];
+        let mut paths = paths.map(|message| logged(&attach, message)["controller"].to_string());
+        paths.sort();
+        assert!(paths[0].contains(export.address()), "{paths:?}");
+        assert!(
+            paths[1].contains(&format!("127.0.0.2:{second}")),
+            "{paths:?}"
+        );
+        let mut guest = FrontEnd::connect(&attach.socket);
+        assert_eq!(guest.write(0, 0, &[1; 512]), OK);
+        drop(guest);
+        attach.stop();
+    }
+}
