@@ -13,6 +13,7 @@ mod growth;
 mod linux_discovery;
 mod linux_host;
 mod linux_target;
+mod load;
 mod machines;
 mod outages;
 
