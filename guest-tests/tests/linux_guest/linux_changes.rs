@@ -1,0 +1,225 @@
+//! What happens to namespaces of a Linux target while a guest has them: one grows, goes and comes back; the target stands still.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use guest_tests::{Attach, AttachOptions, Checks, Disk, Guest, GuestOptions, Seeded, rounds};
+
+use crate::cases::write_and_read_back;
+use crate::load::Load;
+use crate::{MIB, seed};
+
+const NQN: &str = "nqn.2026-01.org.example:changing";
+const PORT: u16 = 4420;
+const MIB_EACH: u64 = 96;
+/// So much is added each time.
+const GROWTH: u64 = 32;
+/// Longer than the keep-alive time of [`ARGUMENTS`].
+const STILL: Duration = Duration::from_secs(12);
+const ARGUMENTS: [&str; 4] = ["--keep-alive-tmo", "3", "--reconnect-delay", "2"];
+/// The loads have all of this for what happens meanwhile.
+const LIMIT: Duration = Duration::from_secs(900);
+/// How long a change may take to be seen.
+const SEEN: Duration = Duration::from_secs(30);
+/// The longest that a request may take: [`STILL`], an attempt after it that is late, and a busy machine.
+const STALL: Duration = Duration::from_secs(40);
+
+/// Namespaces 1 and 2 on files of so many MiB.
+const CONFIGURE: &str = "
+modprobe -a nvmet-tcp loop
+mount -t configfs none /sys/kernel/config
+cd /sys/kernel/config/nvmet; mkdir subsystems/NQN
+echo 1 >subsystems/NQN/attr_allow_any_host
+for i in 1 2; do
+    truncate -s MIBM /tmp/loop$i.img; losetup /dev/loop$i /tmp/loop$i.img
+    n=subsystems/NQN/namespaces/$i; mkdir $n; echo /dev/loop$i >$n/device_path; echo 1 >$n/enable
+done
+p=ports/1; mkdir $p; echo ipv4 >$p/addr_adrfam; echo tcp >$p/addr_trtype
+echo 0.0.0.0 >$p/addr_traddr; echo PORT >$p/addr_trsvcid
+ln -s $PWD/subsystems/NQN $p/subsystems/NQN
+";
+
+fn configure(target: &mut Guest) -> Result<()> {
+    let script = CONFIGURE
+        .replace("NQN", NQN)
+        .replace("PORT", &PORT.to_string())
+        .replace("MIB", &MIB_EACH.to_string());
+    target.sh(&script).context("nvmet")?;
+    Ok(())
+}
+
+/// Waits until a disk has logged a message so many times.
+fn await_logged(attach: &Attach, message: &str, times: usize) -> Result<()> {
+    let deadline = Instant::now() + SEEN;
+    while attach.daemon.logged(message).len() < times {
+        if Instant::now() > deadline {
+            bail!("not logged {times} times within {SEEN:?}: {message}");
+        }
+        sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+#[test]
+fn namespaces_of_a_linux_target_change_under_a_guest() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut checks = Checks::new(
+        "namespaces of a Linux target change under a guest (nvmet in a guest of its own; vda and vdb: files)",
+    );
+    let mut target = Guest::boot(&GuestOptions {
+        forward: vec![PORT],
+        ..GuestOptions::default()
+    })
+    .unwrap();
+    configure(&mut target).unwrap();
+    let address = target.forwarded(PORT).unwrap();
+    let mut attached = Vec::new();
+    let mut disks = Vec::new();
+    for nsid in 1..=2 {
+        let socket = directory.path().join(format!("{nsid}.sock"));
+        let options = AttachOptions {
+            num_queues: Some(1),
+            arguments: ARGUMENTS.map(str::to_owned).to_vec(),
+            ..AttachOptions::default()
+        };
+        let uri = format!("nvme+tcp://{address}/{NQN}?nsid={nsid}");
+        attached.push(Attach::start(&socket, &uri, &options).unwrap());
+        disks.push(Disk { socket, queues: 1 });
+    }
+    let mut guest = Guest::boot(&GuestOptions {
+        disks,
+        ..GuestOptions::default()
+    })
+    .unwrap();
+
+    // Nothing that happens to the other namespace is seen here.
+    let load = Load::start(&mut guest, "vda", seed(0), LIMIT).unwrap();
+    for round in 1..=rounds() {
+        checks.check(
+            &format!("round {round}: a namespace grows, and the disk in the guest"),
+            || grows(&mut target, &mut guest, &attached[1], round),
+        );
+        checks.check(
+            &format!("round {round}: it is disabled, removed, and back, under I/O"),
+            || goes_and_returns(&mut target, &mut guest, &attached[1], round),
+        );
+        checks.check(&format!("round {round}: the target stands still"), || {
+            stands_still(&target, &attached)
+        });
+    }
+    checks.check("the other disk never noticed, but for the time", || {
+        let done = load.finish(&mut guest)?;
+        ensure!(done.longest < STALL, "{done}");
+        Ok(done)
+    });
+    checks.check("what was written last is there", || {
+        let stretch = Seeded {
+            seed: seed(0) ^ 5,
+            offset: MIB,
+            length: 4 * MIB,
+        };
+        write_and_read_back(&mut guest, "vdb", stretch)
+    });
+    checks.check("power-off", || guest.power_off().map(|()| "QEMU ended"));
+    checks.check("attach ends cleanly", || {
+        for attach in &mut attached {
+            attach.stop()?;
+        }
+        Ok("both")
+    });
+    checks.finish();
+}
+
+/// The file behind a namespace is enlarged, and nvmet is told to look.
+fn grows(target: &mut Guest, guest: &mut Guest, attach: &Attach, round: u64) -> Result<String> {
+    let mib = MIB_EACH + GROWTH * round;
+    target.sh(&format!(
+        "truncate -s {mib}M /tmp/loop2.img; losetup -c /dev/loop2; \
+         echo 1 >/sys/kernel/config/nvmet/subsystems/{NQN}/namespaces/2/revalidate_size"
+    ))?;
+    let started = Instant::now();
+    let sectors = mib * MIB / 512;
+    guest.sh(&format!(
+        "for i in $(seq 100); do [ $(cat /sys/block/vdb/size) = {sectors} ] && exit; sleep 0.1; done; \
+         cat /sys/block/vdb/size >&2; exit 1"
+    ))?;
+    let took = started.elapsed();
+    let round = usize::try_from(round)?;
+    await_logged(attach, "the namespace has grown: the VMM is told", round)?;
+    let stretch = Seeded {
+        seed: seed(0) ^ mib,
+        offset: (mib - GROWTH) * MIB,
+        length: GROWTH * MIB,
+    };
+    let written = write_and_read_back(guest, "vdb", stretch)?;
+    Ok(format!("{mib} MiB after {took:.1?}; {written}"))
+}
+
+/// A Linux target answers commands for a namespace that is disabled with a path-related status, and for one that is removed with
+/// Invalid Namespace. Both are errors for the guest, as for a Linux host without multipath, and no more than errors.
+fn goes_and_returns(
+    target: &mut Guest,
+    guest: &mut Guest,
+    attach: &Attach,
+    round: u64,
+) -> Result<String> {
+    let back = "the namespace is as it was before";
+    let mut said = Vec::new();
+    for (number, (goes, returns)) in [
+        ("echo 0 >enable", "echo 1 >enable"),
+        (
+            "cat device_uuid >/tmp/uuid; echo 0 >enable; cd ..; rmdir 2",
+            "mkdir 2; cd 2; cat /tmp/uuid >device_uuid; echo /dev/loop2 >device_path; echo 1 >enable",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let stretch = Seeded {
+            seed: seed(round) ^ 7,
+            offset: 4 * MIB,
+            length: 4 * MIB,
+        };
+        write_and_read_back(guest, "vdb", stretch)?;
+        // Reads, so that what a failed write may have left is of no account.
+        let reads = guest.start(
+            "fio --name=reads --filename=/dev/vdb --offset=4M --size=4M --rw=randread --bs=4k --ioengine=libaio --iodepth=8 \
+             --direct=1 --time_based --runtime=6 --continue_on_error=read --output-format=terse --terse-version=3 2>&1 | tail -1",
+            SEEN * 2,
+        )?;
+        sleep(Duration::from_secs(2));
+        let namespaces = format!("cd /sys/kernel/config/nvmet/subsystems/{NQN}/namespaces");
+        target.sh(&format!("{namespaces}/2; {goes}"))?;
+        let times = usize::try_from(round - 1)? * 2 + number + 1;
+        await_logged(attach, GONE, times)?;
+        let refused = guest.run("dd if=/dev/vdb of=/dev/null bs=4k count=1 skip=1024 iflag=direct")?;
+        target.sh(&format!("{namespaces}; [ -d 2 ] && cd 2; {returns}"))?;
+        await_logged(attach, back, times)?;
+        let output = guest.finish(reads)?;
+        said.push(format!("dd {} {} fio {} {}", refused.status, refused.stderr.trim(), output.status, output.stdout.chars().take(200).collect::<String>()));
+        guest.sh(&format!(
+            "seeded-data verify /dev/vdb {} {} {}",
+            stretch.offset, stretch.length, stretch.seed
+        ))?;
+    }
+    Ok(said.join(", "))
+}
+
+const GONE: &str = "the namespace is gone from its controller: requests fail until it is back";
+
+/// The target's machine is stopped for longer than the keep-alive time, then goes on.
+fn stands_still(target: &Guest, attached: &[Attach]) -> Result<String> {
+    let back = "association is back";
+    let before: Vec<_> = attached
+        .iter()
+        .map(|attach| attach.daemon.logged(back).len())
+        .collect();
+    target.freeze()?;
+    sleep(STILL);
+    target.thaw()?;
+    for (attach, before) in attached.iter().zip(before) {
+        await_logged(attach, back, before + 1)?;
+    }
+    Ok(format!("for {STILL:?}"))
+}
