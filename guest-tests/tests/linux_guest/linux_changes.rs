@@ -156,57 +156,78 @@ fn grows(target: &mut Guest, guest: &mut Guest, attach: &Attach, round: u64) -> 
     Ok(format!("{mib} MiB after {took:.1?}; {written}"))
 }
 
-/// A Linux target answers commands for a namespace that is disabled with a path-related status, and for one that is removed with
-/// Invalid Namespace. Both are errors for the guest, as for a Linux host without multipath, and no more than errors.
+/// Reads by four at a time until there is no file any more; then how many were good, and how many not. (A write that failed might
+/// leave either content, and the data is compared afterwards.)
+const READS: &str = "
+touch /tmp/reading
+for reader in 1 2 3 4; do
+    ( good=0; bad=0
+      while [ -e /tmp/reading ]; do
+          if dd if=/dev/vdb of=/dev/null bs=4k count=64 skip=$((1024 + reader * 64)) iflag=direct status=none 2>/dev/null
+          then good=$((good + 1)); else bad=$((bad + 1)); fi
+      done
+      echo $good $bad ) &
+done | awk '{good += $1; bad += $2} END {print good, bad}'
+";
+const ONE_READ: &str =
+    "timeout 20 dd if=/dev/vdb of=/dev/null bs=4k count=1 skip=1024 iflag=direct";
+
+/// How a namespace goes, said in its own directory, and how it comes back.
+const LEAVES: [(&str, &str, &str); 2] = [
+    ("disabled", "echo 0 >2/enable", "echo 1 >2/enable"),
+    (
+        "removed",
+        "cat 2/device_uuid >/tmp/uuid; echo 0 >2/enable; rmdir 2",
+        "mkdir 2; cat /tmp/uuid >2/device_uuid; echo /dev/loop2 >2/device_path; echo 1 >2/enable",
+    ),
+];
+
+/// Requests for a namespace that its controller does not have are errors for the guest, and no more than that.
 fn goes_and_returns(
     target: &mut Guest,
     guest: &mut Guest,
     attach: &Attach,
     round: u64,
 ) -> Result<String> {
+    let gone = "the namespace is gone from its controller: requests fail until it is back";
     let back = "the namespace is as it was before";
+    let namespaces = format!("cd /sys/kernel/config/nvmet/subsystems/{NQN}/namespaces");
     let mut said = Vec::new();
-    for (number, (goes, returns)) in [
-        ("echo 0 >enable", "echo 1 >enable"),
-        (
-            "cat device_uuid >/tmp/uuid; echo 0 >enable; cd ..; rmdir 2",
-            "mkdir 2; cd 2; cat /tmp/uuid >device_uuid; echo /dev/loop2 >device_path; echo 1 >enable",
-        ),
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    for (name, goes, returns) in LEAVES {
         let stretch = Seeded {
             seed: seed(round) ^ 7,
             offset: 4 * MIB,
             length: 4 * MIB,
         };
         write_and_read_back(guest, "vdb", stretch)?;
-        // Reads, so that what a failed write may have left is of no account.
-        let reads = guest.start(
-            "fio --name=reads --filename=/dev/vdb --offset=4M --size=4M --rw=randread --bs=4k --ioengine=libaio --iodepth=8 \
-             --direct=1 --time_based --runtime=6 --continue_on_error=read --output-format=terse --terse-version=3 2>&1 | tail -1",
-            SEEN * 2,
-        )?;
-        sleep(Duration::from_secs(2));
-        let namespaces = format!("cd /sys/kernel/config/nvmet/subsystems/{NQN}/namespaces");
-        target.sh(&format!("{namespaces}/2; {goes}"))?;
-        let times = usize::try_from(round - 1)? * 2 + number + 1;
-        await_logged(attach, GONE, times)?;
-        let refused = guest.run("dd if=/dev/vdb of=/dev/null bs=4k count=1 skip=1024 iflag=direct")?;
-        target.sh(&format!("{namespaces}; [ -d 2 ] && cd 2; {returns}"))?;
+        let reads = guest.start(READS, Duration::from_secs(100))?;
+        guest.sh("while ! [ -e /tmp/reading ]; do sleep 0.1; done; sleep 1.5")?;
+        let times = attach.daemon.logged(gone).len() + 1;
+        target.sh(&format!("{namespaces}; {goes}"))?;
+        await_logged(attach, gone, times)?;
+        let asked = Instant::now();
+        let refused = guest.run(ONE_READ)?;
+        let took = asked.elapsed();
+        target.sh(&format!("{namespaces}; {returns}"))?;
         await_logged(attach, back, times)?;
-        let output = guest.finish(reads)?;
-        said.push(format!("dd {} {} fio {} {}", refused.status, refused.stderr.trim(), output.status, output.stdout.chars().take(200).collect::<String>()));
+        guest.sh("rm /tmp/reading")?;
+        let reads = guest.finish(reads)?.success()?;
+        let all_sorts = reads.split(' ').all(|count| count != "0");
+        ensure!(
+            refused.stderr.contains("Input/output error") && all_sorts,
+            "{name}: '{}' after {took:.1?}, good and bad reads are {reads}",
+            refused.stderr.trim()
+        );
         guest.sh(&format!(
             "seeded-data verify /dev/vdb {} {} {}",
             stretch.offset, stretch.length, stretch.seed
         ))?;
+        said.push(format!(
+            "{name}: refused after {took:.1?}, {reads} reads good and bad"
+        ));
     }
     Ok(said.join(", "))
 }
-
-const GONE: &str = "the namespace is gone from its controller: requests fail until it is back";
 
 /// The target's machine is stopped for longer than the keep-alive time, then goes on.
 fn stands_still(target: &Guest, attached: &[Attach]) -> Result<String> {
