@@ -10,7 +10,7 @@ mod data;
 mod devices;
 mod disks;
 mod growth;
-mod linux_changes;
+mod linux_absence;
 mod linux_discovery;
 mod linux_host;
 mod linux_target;
