@@ -18,7 +18,7 @@ use crate::ring::out;
 const UUID: &str = "uuid=6ba7b810-9dad-41d1-80b4-00c04fd430c8";
 const OTHER_UUID: &str = "uuid=6ba7b811-9dad-41d1-80b4-00c04fd430c8";
 /// Keep-alive of a second, and attempts as often as there can be.
-const QUICK: [&str; 4] = ["--keep-alive-tmo", "1", "--reconnect-delay", "1"];
+pub(crate) const QUICK: [&str; 4] = ["--keep-alive-tmo", "1", "--reconnect-delay", "1"];
 /// Twice the keep-alive time-out of [`QUICK`].
 const FENCED: Duration = Duration::from_secs(2);
 /// Longer than any attempt's pause, and what an attempt takes.
@@ -79,7 +79,7 @@ impl Target {
 
 /// Waits until a message was logged so many times.
 #[track_caller]
-fn await_logged(attach: &Attach, message: &str, count: usize) {
+pub(crate) fn await_logged(attach: &Attach, message: &str, count: usize) {
     let deadline = Instant::now() + SOON;
     while attach.process.logged(message).len() < count {
         assert!(
@@ -108,7 +108,7 @@ fn await_lost(attach: &Attach) {
         .await_log(|line| line.contains("association lost"));
 }
 
-const BACK: &str = "association is back";
+pub(crate) const BACK: &str = "association is back";
 const QUEUES: usize = 4;
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 24;
@@ -145,8 +145,8 @@ fn work(driver: &mut Driver, stop: &AtomicBool) -> (u64, Duration) {
     (rounds, longest)
 }
 
-/// Runs the workload while `outages` go on.
-fn under_load(attach: &Attach, outages: impl FnOnce()) {
+/// Runs the workload while `outages` go on. Gives the longest of its rounds.
+pub(crate) fn under_load(attach: &Attach, outages: impl FnOnce()) -> Duration {
     let stop = Arc::new(AtomicBool::new(false));
     let (socket, stopped) = (attach.socket.clone(), Arc::clone(&stop));
     let worker = thread::spawn(move || {
@@ -160,6 +160,7 @@ fn under_load(attach: &Attach, outages: impl FnOnce()) {
     let (rounds, longest) = worker.join().expect("no answer is bad");
     eprintln!("{rounds} rounds, the longest took {longest:?}");
     assert!(rounds > 5, "{rounds} rounds");
+    longest
 }
 
 #[test]
