@@ -3,61 +3,21 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use guest_tests::{Attach, AttachOptions, Checks, Disk, Guest, GuestOptions, Seeded, rounds};
+use anyhow::{Result, ensure};
+use guest_tests::{Attach, Checks, Disk, Guest, GuestOptions, Seeded, rounds};
 
 use crate::cases::write_and_read_back;
 use crate::load::Load;
+use crate::nvmet::{self, NQN, NVMET, await_logged};
 use crate::{MIB, seed};
 
-const NQN: &str = "nqn.2026-01.org.example:absent";
 const PORT: u16 = 4420;
-const MIB_EACH: u64 = 64;
-/// Longer than the keep-alive time of [`ARGUMENTS`].
+/// Longer than the keep-alive time of its disks.
 const STILL: Duration = Duration::from_secs(12);
-const ARGUMENTS: [&str; 4] = ["--keep-alive-tmo", "3", "--reconnect-delay", "2"];
 /// The loads have all of this for what happens meanwhile.
 const LIMIT: Duration = Duration::from_secs(900);
-/// How long a change may take to be seen.
-const SEEN: Duration = Duration::from_secs(30);
 /// The longest that a request may take: [`STILL`], an attempt after it that is late, and a busy machine.
 const STALL: Duration = Duration::from_secs(40);
-
-/// Namespaces 1 and 2 on files of so many MiB.
-const CONFIGURE: &str = "
-modprobe -a nvmet-tcp loop
-mount -t configfs none /sys/kernel/config
-cd /sys/kernel/config/nvmet; mkdir subsystems/NQN
-echo 1 >subsystems/NQN/attr_allow_any_host
-for i in 1 2; do
-    truncate -s MIBM /tmp/loop$i.img; losetup /dev/loop$i /tmp/loop$i.img
-    n=subsystems/NQN/namespaces/$i; mkdir $n; echo /dev/loop$i >$n/device_path; echo 1 >$n/enable
-done
-p=ports/1; mkdir $p; echo ipv4 >$p/addr_adrfam; echo tcp >$p/addr_trtype
-echo 0.0.0.0 >$p/addr_traddr; echo PORT >$p/addr_trsvcid
-ln -s $PWD/subsystems/NQN $p/subsystems/NQN
-";
-
-fn configure(target: &mut Guest) -> Result<()> {
-    let script = CONFIGURE
-        .replace("NQN", NQN)
-        .replace("PORT", &PORT.to_string())
-        .replace("MIB", &MIB_EACH.to_string());
-    target.sh(&script).context("nvmet")?;
-    Ok(())
-}
-
-/// Waits until a disk has logged a message so many times.
-fn await_logged(attach: &Attach, message: &str, times: usize) -> Result<()> {
-    let deadline = Instant::now() + SEEN;
-    while attach.daemon.logged(message).len() < times {
-        if Instant::now() > deadline {
-            bail!("not logged {times} times within {SEEN:?}: {message}");
-        }
-        sleep(Duration::from_millis(50));
-    }
-    Ok(())
-}
 
 #[test]
 fn what_a_linux_target_does_not_have_for_a_while_is_there_again() {
@@ -65,24 +25,12 @@ fn what_a_linux_target_does_not_have_for_a_while_is_there_again() {
     let mut checks = Checks::new(
         "what a Linux target does not have for a while is there again (nvmet in a guest of its own; vda and vdb: files)",
     );
-    let mut target = Guest::boot(&GuestOptions {
-        forward: vec![PORT],
-        ..GuestOptions::default()
-    })
-    .unwrap();
-    configure(&mut target).unwrap();
-    let address = target.forwarded(PORT).unwrap();
+    let mut target = nvmet::boot(&[PORT], 2, 64).unwrap();
     let mut attached = Vec::new();
     let mut disks = Vec::new();
     for nsid in 1..=2 {
         let socket = directory.path().join(format!("{nsid}.sock"));
-        let options = AttachOptions {
-            num_queues: Some(1),
-            arguments: ARGUMENTS.map(str::to_owned).to_vec(),
-            ..AttachOptions::default()
-        };
-        let uri = format!("nvme+tcp://{address}/{NQN}?nsid={nsid}");
-        attached.push(Attach::start(&socket, &uri, &options).unwrap());
+        attached.push(nvmet::attach(&target, &[PORT], nsid, &socket, &[]).unwrap());
         disks.push(Disk { socket, queues: 1 });
     }
     let mut guest = Guest::boot(&GuestOptions {
@@ -147,7 +95,7 @@ const LEAVES: [(&str, &str, &str); 2] = [
     (
         "removed",
         "cat 2/device_uuid >/tmp/uuid; echo 0 >2/enable; rmdir 2",
-        "mkdir 2; cat /tmp/uuid >2/device_uuid; echo /dev/loop2 >2/device_path; echo 1 >2/enable",
+        "mkdir 2; cat /tmp/uuid >2/device_uuid; echo /dev/loop2 >2/device_path; echo 2 >2/ana_grpid; echo 1 >2/enable",
     ),
 ];
 
@@ -160,7 +108,7 @@ fn goes_and_returns(
 ) -> Result<String> {
     let gone = "the namespace is gone from its controller: requests fail until it is back";
     let back = "the namespace is as it was before";
-    let namespaces = format!("cd /sys/kernel/config/nvmet/subsystems/{NQN}/namespaces");
+    let namespaces = format!("cd {NVMET}/subsystems/{NQN}/namespaces");
     let mut said = Vec::new();
     for (name, goes, returns) in LEAVES {
         let stretch = Seeded {

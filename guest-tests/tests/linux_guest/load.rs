@@ -6,19 +6,19 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use guest_tests::{Guest, Job};
 
-/// A mebibyte after the other is written, read back and compared, in the first 64 of the disk. A field of fio's terse output is the longest
+/// Two mebibytes after the other are written, read back and compared, in the first 64 of the disk. A field of fio's terse output is the longest
 /// that a read took, another the longest of a write, both in microseconds.
 const SCRIPT: &str = "
 touch /tmp/load-DISK; round=0; longest=0
 while [ -e /tmp/load-DISK ]; do
-    fio --name=load --filename=/dev/DISK --offset=$((round % 64))M --size=1M --rw=randwrite --bs=4k --ioengine=libaio \
+    fio --name=load --filename=/dev/DISK --offset=$((round % 32 * 2))M --size=2M --rw=randwrite --bs=4k --ioengine=libaio \
         --iodepth=8 --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1 --randseed=$((SEED + round)) \
         --output-format=terse --terse-version=3 >/tmp/load-DISK.log 2>&1 || { tail -20 /tmp/load-DISK.log >&2; exit 1; }
     longest=$(awk -F';' -v longest=$longest '$1 == 3 {
         if ($39 > longest) longest = $39; if ($80 > longest) longest = $80 } END {printf \"%d\", longest}' /tmp/load-DISK.log)
     round=$((round + 1))
 done
-echo $round $longest
+echo $((round * 2)) $longest
 ";
 
 /// A load in a guest.

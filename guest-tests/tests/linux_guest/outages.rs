@@ -56,8 +56,9 @@ fn kills() -> usize {
 
 /// Waits until the disk has been connected again so many times.
 fn await_back(attach: &Attach, times: usize) -> Result<()> {
+    let logged = |message: &str| attach.daemon.logged(message).len();
     for _ in 0..300 {
-        if attach.daemon.logged("association is back").len() >= times {
+        if logged("association is back") + logged("association is back again") >= times {
             return Ok(());
         }
         sleep(Duration::from_millis(100));
@@ -73,7 +74,10 @@ fn a_controller_that_goes_away_and_comes_back_is_not_noticed() {
     let spec = format!("file:{},uuid={UUID}", image.display());
     let mut target = Target::start(spec).unwrap();
     let options = AttachOptions {
-        arguments: ["--keep-alive-tmo", KEEP_ALIVE].map(str::to_owned).to_vec(),
+        // Of outages in a row not each leaves a line otherwise.
+        arguments: ["--keep-alive-tmo", KEEP_ALIVE, "--log-level", "debug"]
+            .map(str::to_owned)
+            .to_vec(),
         ..AttachOptions::default()
     };
     let socket = directory.path().join("outage.sock");
