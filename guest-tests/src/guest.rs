@@ -344,6 +344,22 @@ impl Guest {
         self.qemu.kill()
     }
 
+    /// Stops the machine where it is. Its clock goes on.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn freeze(&self) -> Result<()> {
+        self.qemu.freeze()
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn thaw(&self) -> Result<()> {
+        self.qemu.thaw()
+    }
+
     /// The last lines of the serial console.
     pub fn console_tail(&self, count: usize) -> String {
         let console = fs::read(&self.console).unwrap_or_default();

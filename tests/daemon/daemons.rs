@@ -41,8 +41,15 @@ impl Export {
     /// `args` say where to listen, once.
     #[track_caller]
     pub(crate) fn start_with(args: &[&str], specs: &[&str]) -> Self {
+        Self::start_behind(&[], args, specs)
+    }
+
+    /// With words before the command: [`Process::start_behind`].
+    #[track_caller]
+    pub(crate) fn start_behind(words: &[String], args: &[&str], specs: &[&str]) -> Self {
         let command = ["export", "--log-format", "json"];
-        let process = Process::start("export", command.iter().chain(args).chain(specs));
+        let all = command.iter().chain(args).chain(specs);
+        let process = Process::start_behind("export", words, all);
         let last = format!("nsid={}", specs.len());
         let uris = process.await_stdout(|line| line.ends_with(&last));
         Self { process, uris }
@@ -113,23 +120,40 @@ impl Attach {
 
     #[track_caller]
     pub(crate) fn start_at(socket: &Path, args: &[&str], uri: &str) -> Self {
-        Self::start_command("attach", socket, args, uri)
+        Self::start_command(&[], "attach", socket, args, uri)
+    }
+
+    /// With words before the command: [`Process::start_behind`].
+    #[track_caller]
+    pub(crate) fn start_behind(words: &[String], args: &[&str], uri: &str) -> Self {
+        let directory = Directory::new();
+        let socket = directory.path("disk.sock");
+        let mut attach = Self::start_command(words, "attach", &socket, args, uri);
+        attach._directory = Some(directory);
+        attach
     }
 
     /// A local disk instead.
     #[track_caller]
     pub(crate) fn serve(args: &[&str], spec: &str) -> Self {
         let directory = Directory::new();
-        let mut serve = Self::start_command("serve", &directory.path("disk.sock"), args, spec);
+        let mut serve = Self::start_command(&[], "serve", &directory.path("disk.sock"), args, spec);
         serve._directory = Some(directory);
         serve
     }
 
     #[track_caller]
-    fn start_command(name: &'static str, socket: &Path, args: &[&str], what: &str) -> Self {
+    fn start_command(
+        words: &[String],
+        name: &'static str,
+        socket: &Path,
+        args: &[&str],
+        what: &str,
+    ) -> Self {
         let path = socket.to_str().expect("UTF-8");
         let command = [name, "--log-format", "json", "--socket-path", path];
-        let process = Process::start(name, command.iter().chain(args).chain(&[what]));
+        let all = command.iter().chain(args).chain([&what]);
+        let process = Process::start_behind(name, words, all);
         process.await_stdout(|line| line.starts_with("One queue for each vCPU"));
         assert!(socket.exists(), "it is ready and has no socket");
         Self {

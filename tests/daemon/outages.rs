@@ -145,7 +145,7 @@ fn work(driver: &mut Driver, stop: &AtomicBool) -> (u64, Duration) {
     (rounds, longest)
 }
 
-/// Runs the workload while `outages` go on. Gives the longest round.
+/// Runs the workload while `outages` go on. Gives the longest of its rounds.
 pub(crate) fn under_load(attach: &Attach, outages: impl FnOnce()) -> Duration {
     let stop = Arc::new(AtomicBool::new(false));
     let (socket, stopped) = (attach.socket.clone(), Arc::clone(&stop));

@@ -29,14 +29,20 @@ pub(crate) struct Process {
 impl Process {
     /// Runs the program with these arguments; `name` is what the process is called in reports.
     pub(crate) fn start<S: AsRef<OsStr>>(name: &str, args: impl IntoIterator<Item = S>) -> Self {
+        Self::start_behind(name, &[], args)
+    }
+
+    /// As [`Process::start`], with words before the program: such as run it in another network.
+    pub(crate) fn start_behind<S: AsRef<OsStr>>(
+        name: &str,
+        words: &[String],
+        args: impl IntoIterator<Item = S>,
+    ) -> Self {
         // The kernel ends it when the thread of the test ends, so that a killed test leaves nothing.
         let mut child = Command::new("setpriv")
-            .args([
-                "--pdeathsig",
-                "KILL",
-                "--",
-                env!("CARGO_BIN_EXE_vhost-nvmf"),
-            ])
+            .args(["--pdeathsig", "KILL", "--"])
+            .args(words)
+            .arg(env!("CARGO_BIN_EXE_vhost-nvmf"))
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

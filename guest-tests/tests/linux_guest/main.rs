@@ -10,10 +10,14 @@ mod data;
 mod devices;
 mod disks;
 mod growth;
+mod linux_absence;
 mod linux_discovery;
 mod linux_host;
+mod linux_paths;
 mod linux_target;
+mod load;
 mod machines;
+mod nvmet;
 mod outages;
 
 /// A mebibyte.
