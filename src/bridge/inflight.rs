@@ -119,8 +119,10 @@ struct Entry<T> {
     guest: T,
     /// Names it in the whole disk.
     owner: Owner,
-    /// The paths whose loss took commands of it and was not released yet.
+    /// The paths whose loss took commands of it and was not collected yet.
     lost: PathSet,
+    /// Those whose loss was collected and not released yet.
+    collected: PathSet,
     /// It is parked: nothing of it is issued until it begins anew.
     parked: bool,
     /// When it may begin anew; 0 is at once.
@@ -224,6 +226,7 @@ impl<T> Inflight<T> {
                     request: self.opened,
                 },
                 lost: PathSet::EMPTY,
+                collected: PathSet::EMPTY,
                 parked: false,
                 due: 0,
                 avoid: PathSet::EMPTY,
@@ -358,17 +361,28 @@ impl<T> Inflight<T> {
     }
 
     /// What was handed to queue pairs of `path` that are gone and not completed, since the last call.
+    ///
+    /// What is lost later with the next association of the path is not meant by a release that is under way now.
     pub(crate) fn take_unknown(&mut self, path: usize) -> Unknown {
+        for index in &self.parked {
+            let slot = self.slots.get_mut(usize::from(*index));
+            if let Some(entry) = slot.and_then(|slot| slot.entry.as_mut())
+                && entry.lost.remove(path)
+            {
+                entry.collected.insert(path);
+            }
+        }
         let unknown = self.unknown.get_mut(path);
         unknown.map(std::mem::take).unwrap_or_default()
     }
 
-    /// The fences that lost paths have left are known to all lanes: what was lost with these paths begins anew.
+    /// The fences that lost paths have left are known to all lanes: what was lost with these paths, and collected,
+    /// begins anew.
     pub(crate) fn release(&mut self, paths: PathSet, limits: &Limits) {
         for index in &self.parked {
             let slot = self.slots.get_mut(usize::from(*index));
             if let Some(entry) = slot.and_then(|slot| slot.entry.as_mut()) {
-                entry.lost.remove_all(paths);
+                entry.collected.remove_all(paths);
             }
         }
         self.begin_anew(0, limits);
@@ -532,7 +546,8 @@ impl<T> Entry<T> {
 
     /// It is parked and may begin anew.
     fn begins(&self, now: u64) -> bool {
-        self.parked && self.outstanding == 0 && self.lost.is_empty() && self.due <= now
+        let released = self.lost.is_empty() && self.collected.is_empty();
+        self.parked && self.outstanding == 0 && released && self.due <= now
     }
 
     /// Notes what was decided about an attempt that failed on `path`; false when it was the last.

@@ -98,6 +98,13 @@ impl PathSet {
         before
     }
 
+    /// Takes one out. True when it was there.
+    pub(crate) fn remove(&mut self, path: usize) -> bool {
+        let before = self.contains(path);
+        self.0 &= !Self::bit(path);
+        before
+    }
+
     /// Takes out all of these.
     pub(crate) fn remove_all(&mut self, others: Self) {
         self.0 &= !others.0;
@@ -295,6 +302,8 @@ mod tests {
         );
         let mut first = PathSet::EMPTY;
         first.insert(0);
+        assert!(set.remove(0) && !set.remove(0));
+        set.insert(0);
         set.remove_all(first);
         assert!(!set.contains(0) && set.contains(MAX_PATHS - 1));
     }
