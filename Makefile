@@ -20,7 +20,7 @@ SANITIZE = PROPTEST_CASES=16 $(CARGO) test \
 help:
 	@echo 'make boot               boot a Linux guest from a remote NVMe/TCP namespace and have it check its disk'
 	@echo 'make boot ARGS=--shell  the same, with a shell in the guest instead of the checks'
-	@echo 'make test               every test, guests included (under 20 minutes on 2 cores)'
+	@echo 'make test               every test, guests included (under 25 minutes on 2 cores)'
 	@echo 'make guest-test         only the tests that boot guests'
 	@echo 'make sanitize           the tests of memory that is reached by address, under valgrind (about three minutes)'
 	@echo 'make fuzz [SECONDS=60]  fuzz each target for so long, where a nightly toolchain and cargo-fuzz are there'

@@ -12,7 +12,7 @@ const UUID: &str = "uuid=6ba7b810-9dad-41d1-80b4-00c04fd430c8";
 /// machine.
 const DETECTED: Duration = Duration::from_secs(3);
 /// Longer than [`DETECTED`], so that attempts fail, too.
-const AWAY: Duration = Duration::from_secs(4);
+const AWAY: Duration = Duration::from_millis(3500);
 /// Until requests go the other way: the loss is noticed, and what may still be written is waited for, which is twice the keep-alive
 /// time-out.
 const STALL: Duration = Duration::from_secs(5);
@@ -111,7 +111,7 @@ fn a_link_of_two_that_is_cut_stalls_a_guest_no_longer_than_it_takes_to_notice() 
         let mut attach = Attach::start_behind(&target.networks.host(), &args, &target.uri(1));
         await_logged(&attach, "another path is connected", 1);
         let longest = under_load(&attach, || {
-            let cuts = EVERY.iter().chain(&EVERY[..1]).zip([1, 2].iter().cycle());
+            let cuts = EVERY.iter().zip([1, 2].iter().cycle());
             for (round, (&how, &link)) in (1..).zip(cuts) {
                 thread::sleep(Duration::from_millis(300));
                 let began = Instant::now();

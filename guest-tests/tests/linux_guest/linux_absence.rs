@@ -23,7 +23,7 @@ const STALL: Duration = Duration::from_secs(40);
 fn what_a_linux_target_does_not_have_for_a_while_is_there_again() {
     let directory = tempfile::tempdir().unwrap();
     let mut checks = Checks::new(
-        "what a Linux target does not have for a while is there again (nvmet in a guest of its own; vda and vdb: files)",
+        "what a Linux target does not have for a while is there again (nvmet in a guest of its own; vda and vdb: null_blk, slow)",
     );
     let mut target = nvmet::boot(&[PORT], 2, 64).unwrap();
     let mut attached = Vec::new();
@@ -95,7 +95,7 @@ const LEAVES: [(&str, &str, &str); 2] = [
     (
         "removed",
         "cat 2/device_uuid >/tmp/uuid; echo 0 >2/enable; rmdir 2",
-        "mkdir 2; cat /tmp/uuid >2/device_uuid; echo /dev/loop2 >2/device_path; echo 2 >2/ana_grpid; echo 1 >2/enable",
+        "mkdir 2; cat /tmp/uuid >2/device_uuid; echo /dev/nullb2 >2/device_path; echo 2 >2/ana_grpid; echo 1 >2/enable",
     ),
 ];
 

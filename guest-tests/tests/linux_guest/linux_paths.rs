@@ -38,7 +38,7 @@ const STATES: [(&str, &str); 6] = [
 fn two_paths_to_a_linux_target_come_and_go_and_change_their_access() {
     let directory = tempfile::tempdir().unwrap();
     let mut checks = Checks::new(
-        "two paths to a Linux target come and go and change their access (nvmet in a guest of its own; vda and vdb: files)",
+        "two paths to a Linux target come and go and change their access (nvmet in a guest of its own; vda and vdb: null_blk, slow)",
     );
     let mut target = nvmet::boot(&PORTS, 2, 64).unwrap();
     let mut attached = Vec::new();

@@ -1,4 +1,4 @@
-//! A Linux target in a guest of its own, with files for namespaces, and the disks that are made of them.
+//! A Linux target in a guest of its own, with slow memory for namespaces, and the disks that are made of them.
 
 use std::path::Path;
 use std::thread::sleep;
@@ -15,15 +15,18 @@ pub(crate) const NQN: &str = "nqn.2026-01.org.example:ways";
 /// Its configuration.
 pub(crate) const NVMET: &str = "/sys/kernel/config/nvmet";
 
-/// The directory of each port is called by its number, and so is the ANA group of each namespace.
+/// The directory of each port is called by its number, and so is the ANA group of each namespace. Each takes 20 ms for a command, so
+/// that there are commands to be lost.
 const CONFIGURE: &str = "
-modprobe -a nvmet-tcp loop
+modprobe -a nvmet-tcp
+modprobe null_blk nr_devices=0
 mount -t configfs none /sys/kernel/config
 cd NVMET; mkdir subsystems/NQN
 echo 1 >subsystems/NQN/attr_allow_any_host
 for i in NAMESPACES; do
-    truncate -s MIBM /tmp/loop$i.img; losetup /dev/loop$i /tmp/loop$i.img
-    n=subsystems/NQN/namespaces/$i; mkdir $n; echo /dev/loop$i >$n/device_path; echo $i >$n/ana_grpid; echo 1 >$n/enable
+    d=/sys/kernel/config/nullb/nullb$i; mkdir $d; echo 512 >$d/blocksize; echo MIB >$d/size; echo 1 >$d/memory_backed
+    echo 2 >$d/irqmode; echo 20000000 >$d/completion_nsec; echo 1 >$d/power
+    n=subsystems/NQN/namespaces/$i; mkdir $n; echo /dev/nullb$i >$n/device_path; echo $i >$n/ana_grpid; echo 1 >$n/enable
 done
 for port in PORTS; do
     p=ports/$port; mkdir $p; echo ipv4 >$p/addr_adrfam; echo tcp >$p/addr_trtype
