@@ -443,7 +443,10 @@ impl Paths {
             };
             lane.send(LaneMessage::Resume(Box::new(resume))).await;
         }
-        self.namespace.found(&namespace).await;
+        // That of the start is known.
+        if connected_later {
+            self.namespace.found(&namespace).await;
+        }
         self.set_access(index, access).await;
         self.enter(index, Event::Resumed);
         if connected_later && let Some(path) = self.paths.get(index) {
