@@ -14,8 +14,8 @@ const DETECTED: Duration = Duration::from_secs(3);
 /// Longer than [`DETECTED`], so that attempts fail, too.
 const AWAY: Duration = Duration::from_millis(3500);
 /// Until requests go the other way: the loss is noticed, and what may still be written is waited for, which is twice the keep-alive
-/// time-out.
-const STALL: Duration = Duration::from_secs(5);
+/// time-out; and a busy machine.
+const STALL: Duration = Duration::from_secs(6);
 const EVERY: [Cut; 3] = [Cut::Swallowed, Cut::Unplugged, Cut::Down];
 
 /// A target at the far end of all links.

@@ -1,4 +1,4 @@
-//! fio that works while something happens to its disk: it writes and verifies, stretch after stretch, until it is told to end.
+//! A load on a disk while something happens to it: fio writes and verifies, stretch after stretch, until it is told to end.
 
 use std::fmt;
 use std::time::Duration;
