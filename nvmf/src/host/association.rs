@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
+use memdesc::MemSource;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
@@ -178,6 +179,9 @@ impl Association {
             if options.data_digest {
                 let most = info.max_transfer.unwrap_or(DIGEST_TRANSFER_MAX);
                 info.max_transfer = Some(most.min(DIGEST_TRANSFER_MAX));
+            }
+            if info.retry_delays != [Duration::ZERO; 3] {
+                ask_for_retry_delays(&bounded).await?;
             }
             let granted = ask_for_queues(&bounded, options.nr_io_queues).await?;
             Ok((info, granted))
@@ -466,6 +470,21 @@ fn drive(
         at,
         reason: error.to_string(),
     })
+}
+
+/// Tells a controller that its retry delays are understood, since it gives none otherwise. One that refuses that
+/// gives none.
+async fn ask_for_retry_delays(admin: &Admin) -> Result<(), HostError> {
+    let sqe = Sqe::set_features(feature::fid::HOST_BEHAVIOR, 0);
+    let data = MemSource::from_bytes(feature::host_behavior_with_retry_delays());
+    let command = "Set Features (Host Behavior Support)";
+    match admin.execute(command, sqe, Transfer::Out(data)).await {
+        Err(HostError::Command { status, .. }) => {
+            tracing::debug!(controller = %admin.at(), "{command}: {status}");
+            Ok(())
+        }
+        other => other.map(drop),
+    }
 }
 
 /// Asks for I/O queues. Returns how many there may be: never none, never more than asked for.

@@ -16,6 +16,14 @@ pub mod fid {
     pub const HOST_ID: u8 = 0x81;
 }
 
+/// The data of Host Behavior Support (512 bytes) of a host that understands retry delays in completions (ACRE), and
+/// nothing else that a controller has to know of.
+pub fn host_behavior_with_retry_delays() -> Vec<u8> {
+    let mut data = vec![0; 512];
+    data[0] = 1;
+    data
+}
+
 /// Number of Queues asks for, and answers with, two zero-based counts. This makes the dword from
 /// an ordinary count of I/O queue pairs (1 to 65535).
 pub fn number_of_queues(count: u16) -> u32 {

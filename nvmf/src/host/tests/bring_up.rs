@@ -1,5 +1,6 @@
 //! Addresses, capabilities, enabling, limits, queues.
 
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -324,5 +325,40 @@ async fn with_data_digests_no_command_moves_more_than_one_pdu_does() {
             expected,
             "MDTS {mdts}"
         );
+    }
+}
+
+#[tokio::test]
+async fn a_controller_with_retry_delays_is_told_that_they_are_understood_and_no_other() {
+    let behavior = u32::from(feature::fid::HOST_BEHAVIOR);
+    for (delays, refuses, expected) in [
+        ([0, 0, 0], false, 0),
+        ([0, 5, 0], false, 1),
+        ([1, 2, 3], true, 1),
+    ] {
+        let told = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&told);
+        let controller = Scripted::new()
+            .with(|model| model.identity.crdt = delays.map(Into::into))
+            .scripted(move |_, sqe, data| {
+                let asked = sqe.opcode == admin::SET_FEATURES && sqe.cdw10.get() == behavior;
+                asked.then(|| {
+                    seen.lock().unwrap().push(data.to_vec());
+                    match refuses {
+                        true => Answer::status(Status::INVALID_FIELD),
+                        false => Answer::Result(0),
+                    }
+                })
+            });
+        let association = connect(&controller).await.unwrap();
+        let expected_delays =
+            delays.map(|tenths: u16| Duration::from_millis(u64::from(tenths) * 100));
+        assert_eq!(association.controller().retry_delays, expected_delays);
+        let told = told.lock().unwrap();
+        assert_eq!(told.len(), expected, "{delays:?}");
+        for data in &*told {
+            assert_eq!((data.len(), data[0]), (512, 1));
+            assert!(data[1..].iter().all(|&byte| byte == 0));
+        }
     }
 }
