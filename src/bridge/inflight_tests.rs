@@ -615,8 +615,16 @@ impl Disk {
     }
 }
 
+/// Schedules of a run: 1000, or as many as PROPTEST_CASES says.
+fn schedules() -> ProptestConfig {
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => ProptestConfig::default(),
+        None => ProptestConfig::with_cases(1000),
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(schedules())]
 
     #[test]
     fn no_schedule_writes_where_a_lost_association_may_still_write_something_else(steps in steps()) {

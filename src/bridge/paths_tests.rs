@@ -444,8 +444,16 @@ impl Disk {
     }
 }
 
+/// Schedules of a run: 1000, or as many as PROPTEST_CASES says.
+fn schedules() -> ProptestConfig {
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => ProptestConfig::default(),
+        None => ProptestConfig::with_cases(1000),
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(800))]
+    #![proptest_config(schedules())]
 
     #[test]
     fn no_schedule_of_two_paths_undoes_what_was_answered(steps in steps()) {
