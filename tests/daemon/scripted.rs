@@ -42,6 +42,7 @@ pub(crate) enum Stage {
     /// Identify, by CNS.
     Identify(u8),
     SetFeatures,
+    KeepAlive,
     GetLogPage,
     /// The handshake of the second connection, an I/O queue's.
     IoHandshake,
@@ -264,6 +265,8 @@ impl Connection<'_> {
             _ if !self.admin => Stage::Io,
             (admin::IDENTIFY, _) => Stage::Identify(sqe.cdw10.get() as u8),
             (admin::GET_LOG_PAGE, _) => Stage::GetLogPage,
+            // It comes in between, at any time.
+            (admin::KEEP_ALIVE, _) => Stage::KeepAlive,
             _ => Stage::SetFeatures,
         }
     }
