@@ -616,7 +616,7 @@ impl Disk {
 }
 
 /// Schedules of a run: 1000, or as many as PROPTEST_CASES says.
-fn schedules() -> ProptestConfig {
+pub(super) fn schedules() -> ProptestConfig {
     match std::env::var_os("PROPTEST_CASES") {
         Some(_) => ProptestConfig::default(),
         None => ProptestConfig::with_cases(1000),

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 
 use super::super::samples::{controller, namespace};
+use super::tests::schedules;
 use super::*;
 
 const LANES: usize = 2;
@@ -441,14 +442,6 @@ impl Disk {
         self.fences.expire_generation(association);
         let message = Message::Fences(self.fences.clone(), None);
         self.tell(&message);
-    }
-}
-
-/// Schedules of a run: 1000, or as many as PROPTEST_CASES says.
-fn schedules() -> ProptestConfig {
-    match std::env::var_os("PROPTEST_CASES") {
-        Some(_) => ProptestConfig::default(),
-        None => ProptestConfig::with_cases(1000),
     }
 }
 
