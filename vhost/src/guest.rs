@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::chain::BrokenRing;
 use crate::device::{Device, DeviceOptions, bit};
+use crate::inflight::Part;
 use crate::memory::{GuestMap, RegionSpec};
 use crate::queue::{Queue, QueueSetup, Request};
 use crate::vring::{RingAddresses, Signal};
@@ -158,6 +159,7 @@ impl Guest {
             call: None,
             err: None,
             write_through: false,
+            part: Part::private(SIZE).expect("memory"),
             complaints: Arc::default(),
         }
     }
