@@ -9,6 +9,7 @@
 mod daemons;
 mod driver;
 mod front_end;
+mod keeper;
 mod memory;
 mod networks;
 mod noise;
@@ -28,6 +29,7 @@ mod ending;
 mod faults;
 mod finding;
 mod growth;
+mod inflight;
 mod links;
 mod local;
 mod malformed;
