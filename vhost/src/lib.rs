@@ -41,4 +41,6 @@ pub use token::Token;
 pub use vring::Signal;
 
 #[cfg(test)]
+mod fuse;
+#[cfg(test)]
 mod guest;
