@@ -402,7 +402,9 @@ impl DeviceLane {
 
     /// Begins a request. Returns the bytes that it moves.
     fn begin(&mut self, ring: usize, request: Request) -> u64 {
-        let Request { token, operation } = request;
+        let Request {
+            token, operation, ..
+        } = request;
         let bytes = match &operation {
             Operation::Read { sink, .. } => sink.len() as u64,
             Operation::Write { source, .. } => source.len() as u64,

@@ -1,7 +1,8 @@
 //! Descriptor chains: walked once, checked for what the walk does not enforce, and read.
 
-use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
 
+use crate::inflight::BadInflight;
 use crate::memory::GuestMap;
 
 /// Why a ring is not served any more. Heads are numbers of descriptors in the ring's table.
@@ -48,6 +49,15 @@ pub enum BrokenRing {
         /// First descriptor.
         head: u16,
     },
+    /// The driver made a request available again before it was answered.
+    #[error("chain {head} was made available again while it was in flight")]
+    HeadInFlight {
+        /// First descriptor.
+        head: u16,
+    },
+    /// What an earlier life of the ring should have left says something else.
+    #[error(transparent)]
+    Inflight(#[from] BadInflight),
     /// A descriptor names memory that the guest does not have.
     #[error("chain {head} refers to memory that the guest does not have")]
     OutsideMemory {
@@ -99,9 +109,12 @@ impl Chain {
         self.head
     }
 
-    /// Reads all descriptors of a chain, each once.
-    pub(crate) fn read(&mut self, chain: DescriptorChain<&GuestMap>) -> Result<(), BrokenRing> {
-        let head = chain.head_index();
+    /// Reads all descriptors of the chain at `head`, each once.
+    pub(crate) fn read(
+        &mut self,
+        head: u16,
+        chain: impl Iterator<Item = Descriptor>,
+    ) -> Result<(), BrokenRing> {
         self.head = head;
         self.pieces.clear();
         let mut writable = None;

@@ -16,7 +16,7 @@ use rustix::io::{ioctl_fionread, retry_on_intr};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recv, recvmsg,
 };
-use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
+use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE, VhostUserVringState};
 
 /// Bytes of a message header.
 const HEADER: usize = 12;
@@ -27,6 +27,15 @@ const MAX_SKIPPED: usize = 64 * 1024;
 
 /// Bytes of the fixed part of a configuration message: offset, size, flags.
 const CONFIG_PAYLOAD: usize = 12;
+
+/// Bytes of a ring's number and a state of it.
+const RING_STATE: usize = 8;
+
+/// Bytes of what describes an in-flight region.
+const INFLIGHT: usize = 24;
+
+/// The request to stop a ring and leave its requests in flight, which the library does not know.
+const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 
 /// How often to look again for the rest of a message that did not arrive at once.
 const RECHECK: Timespec = Timespec {
@@ -52,7 +61,7 @@ pub(crate) struct Message {
     /// Another descriptor of the backend channel that comes with it, if one does.
     pub(crate) backend_channel: Option<OwnedFd>,
     /// Start of the body, zero where there is none.
-    config: [u8; CONFIG_PAYLOAD],
+    start: [u8; CONFIG_PAYLOAD],
 }
 
 /// A second handle on the front-end's socket.
@@ -78,6 +87,17 @@ impl Message {
             return Some("body too large");
         }
         (self.with_files && !takes_files(request)).then_some("file descriptors not expected")
+    }
+
+    /// The ring that this message wants stopped with its requests left in flight, if it is such a one.
+    pub(crate) fn ring_to_suspend(&self) -> Option<u32> {
+        let ours = self.request == GET_VRING_BASE_SKIP_DRAIN
+            && self.flags & !NEED_REPLY == VERSION
+            && self.size == RING_STATE
+            && self.whole
+            && !self.with_files;
+        let [a, b, c, d, ..] = self.start;
+        ours.then(|| u32::from_le_bytes([a, b, c, d]))
     }
 
     /// Name of the request, for the log.
@@ -141,9 +161,9 @@ impl Channel {
         let most = HEADER + size.min(MAX_MSG_SIZE);
         let whole = self.wait_for(most)? && size <= MAX_MSG_SIZE;
         let (seen, files) = self.look(most + 1)?;
-        let mut config = [0; CONFIG_PAYLOAD];
+        let mut start = [0; CONFIG_PAYLOAD];
         let present = seen.min(most).saturating_sub(HEADER).min(CONFIG_PAYLOAD);
-        config[..present].copy_from_slice(&self.peeked[HEADER..HEADER + present]);
+        start[..present].copy_from_slice(&self.peeked[HEADER..HEADER + present]);
         let with_files = files && seen <= most;
         let backend_channel = match FrontendReq::try_from(request) {
             Ok(FrontendReq::SET_BACKEND_REQ_FD) if with_files => self.file()?,
@@ -156,7 +176,7 @@ impl Channel {
             with_files,
             whole,
             backend_channel,
-            config,
+            start,
         }))
     }
 
@@ -221,14 +241,29 @@ impl Channel {
         Ok(())
     }
 
+    /// Answers a message that asks for the state of a ring.
+    pub(crate) fn reply_ring(
+        &mut self,
+        message: &Message,
+        state: VhostUserVringState,
+    ) -> io::Result<()> {
+        let mut payload = [0; RING_STATE];
+        payload[..4].copy_from_slice(&{ state.index }.to_le_bytes());
+        payload[4..].copy_from_slice(&{ state.num }.to_le_bytes());
+        self.reply(message.request, &payload)
+    }
+
     /// Tells the front-end that its message was refused, where the protocol has a way to: a
-    /// configuration without payload for GET_CONFIG, a non-zero acknowledgement for what asks for
+    /// configuration without payload for GET_CONFIG, a region without size, which is none, for
+    /// GET_INFLIGHT_FD, a non-zero acknowledgement for what asks for
     /// one once acknowledgements are negotiated.
     pub(crate) fn refuse(&mut self, message: &Message, acknowledge: bool) -> io::Result<()> {
         if message.request == FrontendReq::GET_CONFIG as u32 {
-            let mut payload = message.config;
+            let mut payload = message.start;
             payload[4..8].fill(0);
             self.reply(message.request, &payload)
+        } else if message.request == FrontendReq::GET_INFLIGHT_FD as u32 {
+            self.reply(message.request, &[0; INFLIGHT])
         } else if acknowledge && message.flags & NEED_REPLY != 0 {
             self.reply(message.request, &1_u64.to_le_bytes())
         } else {

@@ -162,6 +162,10 @@ impl Device {
     }
 }
 
+/// Protocol feature: there is a request that stops a ring and leaves its requests in flight, so that
+/// GET_VRING_BASE waits for them again. The library does not know it.
+pub(crate) const GET_VRING_BASE_SKIP_DRAIN: u64 = bit(23);
+
 /// Protocol features on offer: exactly those that are implemented.
 pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::CONFIG
@@ -169,7 +173,10 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT
+        | VhostUserProtocolFeatures::from_bits_retain(GET_VRING_BASE_SKIP_DRAIN)
 }
 
 /// The mask of a feature that the specification gives as a bit number.

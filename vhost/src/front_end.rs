@@ -21,10 +21,13 @@ use crate::backend_channel::BackendChannel;
 use crate::blk::config;
 use crate::complaints::Complaints;
 use crate::device::{Device, MAX_MEMORY_SLOTS, has, protocol_features};
+use crate::front_end::inflight::InflightRegion;
 use crate::memory::{GuestMap, RegionSpec};
 use crate::queue::{Queue, QueueSetup, QueueUpdate};
 use crate::session::Rings;
 use crate::vring::{Kick, MAX_RING_SIZE, RingAddresses, Signal, Vring};
+
+mod inflight;
 
 /// The state of a session, changed by one request after another.
 pub(crate) struct FrontEnd {
@@ -39,6 +42,7 @@ pub(crate) struct FrontEnd {
     offered: bool,
     memory: Arc<GuestMap>,
     vrings: Vec<Vring>,
+    inflight: InflightRegion,
     /// What the driver last wrote to the configuration, 1 until it does.
     writeback: u8,
     /// The handler of the message at hand was reached, so the library answers for it.
@@ -68,6 +72,7 @@ impl FrontEnd {
             offered: false,
             memory: Arc::default(),
             vrings: std::iter::repeat_with(Vring::default).take(count).collect(),
+            inflight: InflightRegion::default(),
             writeback: 1,
             answered: false,
             backend_channel: None,
@@ -142,13 +147,13 @@ impl FrontEnd {
     /// Starts ring `at` if it has all that it needs and is not running.
     fn start_if_ready(&mut self, at: usize) -> VhostResult<()> {
         let write_through = self.write_through();
-        let (Some(features), Some(vring)) = (self.features, self.vrings.get_mut(at)) else {
+        let idle = self.vrings.get(at).filter(|vring| !vring.running);
+        let ready = idle.and_then(|vring| Some((vring.runs_at()?, vring.size)));
+        let (Some(features), Some((addresses, size))) = (self.features, ready) else {
             return Ok(());
         };
-        let Some(addresses) = vring
-            .addresses
-            .filter(|_| vring.may_run() && !vring.running)
-        else {
+        let part = self.part(at, size)?;
+        let Some(vring) = self.vrings.get_mut(at) else {
             return Ok(());
         };
         let setup = QueueSetup {
@@ -156,13 +161,14 @@ impl FrontEnd {
             device: Arc::clone(&self.device),
             map: Arc::clone(&self.memory),
             features,
-            size: vring.size,
+            size,
             addresses,
             base: vring.base,
             kick: vring.kick.descriptor(),
             call: vring.call.clone(),
             err: vring.err.clone(),
             write_through,
+            part,
             complaints: Arc::clone(&self.complaints),
         };
         let queue = Queue::new(setup).map_err(|reason| refuse(format!("ring {at}: {reason}")))?;
@@ -189,7 +195,10 @@ impl FrontEnd {
         };
         if std::mem::replace(&mut vring.running, false) {
             match self.rings.stop(at) {
-                Some(queue) => vring.base = queue.next_avail(),
+                Some(queue) => {
+                    vring.base = queue.next_avail();
+                    queue.close();
+                }
                 None => tracing::error!(ring = at, "a running ring did not come back"),
             }
         }
@@ -224,6 +233,7 @@ impl FrontEnd {
     fn reset(&mut self) {
         self.stop_all();
         self.vrings.fill_with(Vring::default);
+        self.reset_region();
         self.features = None;
         self.writeback = 1;
     }
@@ -232,7 +242,10 @@ impl FrontEnd {
 impl Drop for FrontEnd {
     fn drop(&mut self) {
         self.device.set_backend_channel(None);
-        self.stop_all();
+        // A front-end that keeps the region comes back with it, and no answer would be as good as the
+        // one that its requests get then.
+        self.suspend_all();
+        self.drop_region();
     }
 }
 
@@ -357,19 +370,8 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
     }
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
-        // The library has no way to refuse this one; a ring that does not exist stands at 0.
-        let Ok((at, _)) = self.vring(index) else {
-            if self.complaints.allow() {
-                tracing::warn!(ring = index, "no such ring to give the base of");
-            }
-            return Ok(VhostUserVringState::new(index, 0));
-        };
-        self.stop(at);
-        self.vrings[at].kick = Kick::Stopped;
-        Ok(VhostUserVringState::new(
-            index,
-            u32::from(self.vrings[at].base),
-        ))
+        let leave = self.base_leaves_requests();
+        Ok(self.stop_at_base(index, leave))
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
@@ -508,14 +510,14 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
 
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> VhostResult<(VhostUserInflight, File)> {
-        not_offered()
+        self.make_region(inflight)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> VhostResult<()> {
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> VhostResult<()> {
         self.answered = true;
-        not_offered()
+        self.take_region(inflight, file)
     }
 
     fn set_device_state_fd(

@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::chain::BrokenRing;
 use crate::device::{Device, DeviceOptions, bit};
+use crate::inflight::Part;
 use crate::memory::{GuestMap, RegionSpec};
 use crate::queue::{Queue, QueueSetup, Request};
 use crate::vring::{RingAddresses, Signal};
@@ -158,6 +159,7 @@ impl Guest {
             call: None,
             err: None,
             write_through: false,
+            part: Part::private(SIZE).expect("memory"),
             complaints: Arc::default(),
         }
     }
@@ -206,6 +208,11 @@ impl Guest {
             let index = (first + at) % size;
             self.write(table + 16 * u64::from(index), &desc.bytes());
         }
+    }
+
+    /// Writes a chain into a table of its own.
+    pub(crate) fn table(&self, table: u64, buffers: &[(u64, u32, u16)]) {
+        self.link(table, 0, SIZE, buffers);
     }
 
     /// Posts a chain of direct descriptors and returns its head.

@@ -18,9 +18,11 @@ mod blk;
 mod chain;
 mod channel;
 mod complaints;
+mod descriptors;
 mod device;
 mod front_end;
 mod generation;
+mod inflight;
 mod memory;
 mod queue;
 mod session;
@@ -31,11 +33,14 @@ mod vring;
 pub use blk::request::{BlkStatus, Operation, SectorRange, SectorRanges};
 pub use chain::BrokenRing;
 pub use device::{Device, DeviceOptions, MAX_QUEUES};
+pub use inflight::{BadInflight, Tail};
 pub use memory::GuestMap;
 pub use queue::{Queue, QueueUpdate, Request};
 pub use session::{Rings, SessionError, serve};
 pub use token::Token;
 pub use vring::Signal;
 
+#[cfg(test)]
+mod fuse;
 #[cfg(test)]
 mod guest;

@@ -13,8 +13,10 @@ use crate::blk::parse::{NotTaken, Parser};
 use crate::blk::request::{BlkStatus, HEADER, Operation};
 use crate::chain::{BrokenRing, Chain};
 use crate::complaints::Complaints;
+use crate::descriptors::Descriptors;
 use crate::device::{Device, has};
 use crate::generation::Generations;
+use crate::inflight::{Part, Tracking};
 use crate::memory::GuestMap;
 use crate::token::{Claim, Token, Tokens};
 use crate::used_ring::UsedRing;
@@ -30,6 +32,12 @@ pub struct Request {
     pub token: Token,
     /// What to do.
     pub operation: Operation,
+    /// It was in flight in an earlier life of the ring: it may have been carried out already, in part
+    /// or whole, or may be carried out yet, by whoever had it then.
+    pub recovered: bool,
+    /// Its number: no other request of the device has it, and it keeps it from life to life. Of two
+    /// requests of one ring, the one that was taken later has the larger number.
+    pub id: u64,
 }
 
 /// A change of a ring that runs, to be given to [`Queue::apply`].
@@ -64,6 +72,7 @@ pub(crate) struct QueueSetup {
     pub(crate) call: Option<Signal>,
     pub(crate) err: Option<Signal>,
     pub(crate) write_through: bool,
+    pub(crate) part: Part,
     pub(crate) complaints: Arc<Complaints>,
 }
 
@@ -86,6 +95,7 @@ pub struct Queue {
     suspended: bool,
     generations: Generations,
     tokens: Tokens,
+    tracking: Tracking,
     chain: Chain,
     kick: Option<Arc<File>>,
     call: Option<Signal>,
@@ -93,6 +103,8 @@ pub struct Queue {
     write_through: bool,
     /// The driver was asked to kick.
     armed: bool,
+    /// An earlier life of the ring may have answered requests and not called the driver.
+    owes_call: bool,
     broken: Option<BrokenRing>,
     complaints: Arc<Complaints>,
 }
@@ -122,6 +134,7 @@ impl Queue {
             return Err(BrokenRing::RingOutsideMemory);
         }
         let used = UsedRing::new(&setup.map, used, available, setup.size, event_idx)?;
+        let tracking = Self::recover(&setup, &mut ring, used.published())?;
         // Drivers count segments against `seg_max` and not against the size of the ring when they
         // use indirect tables. A header may come byte by byte, and a status is one more.
         let seg_max = usize::try_from(setup.device.options().seg_max).unwrap_or(usize::MAX);
@@ -136,6 +149,8 @@ impl Queue {
             suspended: false,
             generations: Generations::new(setup.map),
             tokens: Tokens::new(setup.size),
+            owes_call: tracking.owes_call(),
+            tracking,
             chain: Chain::new(limit),
             kick: setup.kick,
             call: setup.call,
@@ -181,7 +196,10 @@ impl Queue {
         match update {
             QueueUpdate::Scan => {}
             QueueUpdate::Kick(file) => self.kick = file,
-            QueueUpdate::Call(signal) => self.call = signal,
+            QueueUpdate::Call(signal) => {
+                self.call = signal;
+                self.owes_call |= self.tracking.owes_call();
+            }
             QueueUpdate::Err(signal) => self.err = signal,
             QueueUpdate::WriteThrough(on) => self.write_through = on,
             QueueUpdate::Memory(map) => self.replace_memory(map),
@@ -240,7 +258,7 @@ impl Queue {
         self.disarm()?;
         // What is answered here is not published yet and counts as outstanding, so a driver cannot
         // keep the worker in this loop by feeding it.
-        while self.next_chain()? {
+        while let Some((id, recovered)) = self.next_chain()? {
             let status_addr = self.chain.status_addr(self.generations.current())?;
             let parser = Parser {
                 chain: &self.chain,
@@ -250,7 +268,15 @@ impl Queue {
                 write_through: self.write_through,
             };
             match parser.parse(lists) {
-                Ok(operation) => return self.issue(status_addr, operation).map(Some),
+                Ok(operation) => {
+                    let token = self.issue(status_addr, &operation)?;
+                    return Ok(Some(Request {
+                        token,
+                        operation,
+                        recovered,
+                        id,
+                    }));
+                }
                 Err(NotTaken::Answer(status, written)) => {
                     self.answer_now(status_addr, status, written)?;
                 }
@@ -270,22 +296,31 @@ impl Queue {
         Ok(())
     }
 
-    /// Reads the next chain into `self.chain`. False when there is none.
-    fn next_chain(&mut self) -> Result<bool, BrokenRing> {
-        let outstanding = self.in_flight() + usize::from(self.used.unpublished());
+    /// Reads the next chain into `self.chain`. Returns the number of its request, and whether that is
+    /// one of an earlier life; those come first.
+    fn next_chain(&mut self) -> Result<Option<(u64, bool)>, BrokenRing> {
         let memory = &*self.home;
+        if let Some((head, id)) = self.tracking.next_recovered() {
+            let (table, size) = (self.ring.desc_table(), self.ring.size());
+            let chain = Descriptors::new(memory, table, size, head);
+            return self.chain.read(head, chain).map(|()| Some((id, true)));
+        }
         // A request more than entries in the ring would also overrun the used ring.
-        let full = outstanding >= usize::from(self.ring.size());
+        let full = self.tracking.held() >= usize::from(self.ring.size());
         match self.ring.iter(memory).map_err(ring_error)?.next() {
-            None => Ok(false),
+            None => Ok(None),
             Some(_) if full => Err(BrokenRing::TooManyAvailable),
-            Some(chain) => self.chain.read(chain).map(|()| true),
+            Some(chain) => {
+                let head = chain.head_index();
+                let id = self.tracking.take(head)?;
+                self.chain.read(head, chain).map(|()| Some((id, false)))
+            }
         }
     }
 
     /// Counts the chain in `self.chain` as in flight.
-    fn issue(&mut self, status_addr: u64, operation: Operation) -> Result<Request, BrokenRing> {
-        let read = match &operation {
+    fn issue(&mut self, status_addr: u64, operation: &Operation) -> Result<Token, BrokenRing> {
+        let read = match operation {
             Operation::Read { sink, .. } => u32::try_from(sink.len()).unwrap_or(u32::MAX),
             _ => 0,
         };
@@ -297,7 +332,7 @@ impl Queue {
         });
         let token = token.ok_or(BrokenRing::TooManyAvailable)?;
         self.generations.acquire();
-        Ok(Request { token, operation })
+        Ok(token)
     }
 
     /// Answers the chain in `self.chain`.
@@ -312,15 +347,20 @@ impl Queue {
             .current()
             .write_at(status_addr, &[status.byte()])
             .map_err(|_| BrokenRing::OutsideMemory { head })?;
-        self.used.stage(&self.home, head, written.saturating_add(1))
+        self.stage(head, written.saturating_add(1))
+    }
+
+    /// Stages the used element of a chain.
+    fn stage(&mut self, head: u16, written: u32) -> Result<(), BrokenRing> {
+        self.used.stage(&self.home, head, written)?;
+        self.tracking.stage(head);
+        Ok(())
     }
 
     /// Ends a request: writes its status and stages its used element, which the guest sees after
     /// the next [`Self::flush`]. On a broken ring nothing is written.
     pub fn finish(&mut self, token: Token, status: BlkStatus) {
-        let Some(claim) = self.tokens.redeem(token) else {
-            tracing::error!(ring = self.index, "a request came back to the wrong ring");
-            debug_assert!(false, "a request came back to the wrong ring");
+        let Some(claim) = self.redeem(token) else {
             return;
         };
         if self.broken.is_none()
@@ -329,6 +369,16 @@ impl Queue {
             self.break_ring(reason);
         }
         self.generations.release(claim.generation);
+    }
+
+    /// Takes a token back, if it is one of this queue's.
+    fn redeem(&mut self, token: Token) -> Option<Claim> {
+        let claim = self.tokens.redeem(token);
+        if claim.is_none() {
+            tracing::error!(ring = self.index, "a request came back to the wrong ring");
+            debug_assert!(false, "a request came back to the wrong ring");
+        }
+        claim
     }
 
     fn answer(&mut self, claim: Claim, status: BlkStatus) -> Result<(), BrokenRing> {
@@ -340,7 +390,7 @@ impl Queue {
             BlkStatus::Ok => claim.written,
             BlkStatus::IoError | BlkStatus::Unsupported => 1,
         };
-        self.used.stage(&self.home, head, written)
+        self.stage(head, written)
     }
 
     /// Shows the guest every answer since the last call, at once, and calls the driver if it asked
@@ -358,19 +408,35 @@ impl Queue {
         if self.broken.is_some() {
             return false;
         }
-        match self.used.publish(&self.home) {
-            Ok(false) => false,
-            Ok(true) => {
-                if let Some(call) = &self.call {
-                    call.raise();
-                }
-                self.call.is_some()
-            }
+        match self.publish() {
+            Ok(wanted) => self.call_driver(wanted),
             Err(reason) => {
                 self.break_ring(reason);
                 false
             }
         }
+    }
+
+    /// Shows the guest what is staged. True when the driver wants a call for it.
+    fn publish(&mut self) -> Result<bool, BrokenRing> {
+        if self.used.unpublished() == 0 {
+            return Ok(false);
+        }
+        let wanted = self.used.publish(&self.home)?;
+        self.tracking.published(self.used.published());
+        Ok(wanted)
+    }
+
+    /// Calls the driver if it wants that or may have missed a call. True when it was called.
+    fn call_driver(&mut self, wanted: bool) -> bool {
+        let Some(call) = &self.call else {
+            return false;
+        };
+        let due = std::mem::take(&mut self.owes_call) || wanted;
+        if due {
+            call.raise();
+        }
+        due
     }
 
     /// Asks the driver for a kick with its next request. True when there already is one: scan
@@ -419,5 +485,6 @@ fn ring_error(error: RingError) -> BrokenRing {
     }
 }
 
+mod recovery;
 #[cfg(test)]
 mod tests;

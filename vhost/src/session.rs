@@ -14,6 +14,7 @@ use crate::channel::{Channel, Message};
 use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::front_end::FrontEnd;
+use crate::inflight::Tail;
 use crate::queue::{Queue, QueueUpdate};
 
 /// Who runs the rings. Called from the session's thread, which waits: each call returns when the
@@ -27,7 +28,23 @@ pub trait Rings: Send + Sync {
 
     /// Takes ring `index` back: nothing more is taken from it, what was taken is finished, and the
     /// answers are flushed. `None` when it was not running.
+    ///
+    /// What cannot be finished in time may be left, where [`Tail::kept`] says that this is of use.
     fn stop(&self, index: usize) -> Option<Queue>;
+
+    /// Takes ring `index` back as it is: nothing more is taken from it, what was taken and is not
+    /// finished is left with [`Queue::leave`], and nothing of it is worked on any more, here or at the
+    /// storage, or its successor knows of it through the tail. `None` when it was not running.
+    ///
+    /// An implementor that cannot do that finishes everything.
+    fn suspend(&self, index: usize) -> Option<Queue> {
+        self.stop(index)
+    }
+
+    /// Rings that start from now on use another in-flight region, whose private tail this is: a new
+    /// one, or one that an earlier life has left. `None` when there is none any more, because the
+    /// session is over or the region was refused. No ring is running.
+    fn region(&self, _tail: Option<Tail>) {}
 }
 
 /// Why a session ended, other than by the front-end going away.
@@ -42,7 +59,8 @@ pub enum SessionError {
 }
 
 /// Serves one front-end connection until it goes away, and then stops every ring it started.
-/// Blocks. To end it from outside, shut the stream down through a clone.
+/// Where the front-end keeps an in-flight region, their requests are left in it; otherwise they are
+/// finished. Blocks. To end it from outside, shut the stream down through a clone.
 ///
 /// # Errors
 /// [`SessionError`] when the connection broke rather than being closed between two messages.
@@ -82,6 +100,13 @@ impl Session {
     }
 
     fn handle(&mut self, message: &mut Message) -> Result<(), SessionError> {
+        if let Some(ring) = message.ring_to_suspend()
+            && self.front_end().may_skip_drain()
+        {
+            self.channel.skip(message)?;
+            let base = self.front_end().stop_at_base(ring, true);
+            return Ok(self.channel.reply_ring(message, base)?);
+        }
         if let Some(reason) = message.unusable() {
             self.log_refusal(message, &reason);
             self.channel.skip(message)?;

@@ -49,6 +49,11 @@ impl UsedRing {
         Ok(ring)
     }
 
+    /// The index that the guest can see.
+    pub(crate) fn published(&self) -> u16 {
+        self.published
+    }
+
     /// Elements that the guest cannot see yet.
     pub(crate) fn unpublished(&self) -> u16 {
         self.staged.wrapping_sub(self.published)

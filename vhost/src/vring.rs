@@ -57,12 +57,11 @@ pub(crate) struct Vring {
 }
 
 impl Vring {
-    /// True when the front-end has said everything that a ring needs to run.
-    pub(crate) fn may_run(&self) -> bool {
-        self.enabled
-            && self.size != 0
-            && self.addresses.is_some()
-            && !matches!(self.kick, Kick::Stopped)
+    /// Where the ring is, when the front-end has said everything that it needs to run.
+    pub(crate) fn runs_at(&self) -> Option<RingAddresses> {
+        let started = !matches!(self.kick, Kick::Stopped);
+        let may_run = self.enabled && self.size != 0 && started;
+        self.addresses.filter(|_| may_run)
     }
 }
 

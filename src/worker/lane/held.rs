@@ -64,7 +64,13 @@ impl DeviceLane {
             let held = gate
                 .as_mut()
                 .and_then(|gate| gate.release(|&(ring, _)| late(ring)));
-            let Some((ring, Request { token, operation })) = held else {
+            let Some((
+                ring,
+                Request {
+                    token, operation, ..
+                },
+            )) = held
+            else {
                 return;
             };
             self.counters.requests.add(1);

@@ -53,7 +53,10 @@ impl Lane {
     }
 
     fn finish(&mut self) {
-        for Request { token, operation } in self.held.drain(..) {
+        for Request {
+            token, operation, ..
+        } in self.held.drain(..)
+        {
             drop(operation);
             finish(&mut self.queue, token);
         }

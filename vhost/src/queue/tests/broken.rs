@@ -9,13 +9,56 @@ use crate::guest::{REGION, REGIONS};
 fn answers_that_are_not_published_count_as_outstanding() {
     let mut guest = Guest::new();
     let mut queue = guest.queue();
-    let head = post(&mut guest, 99, 0, &[]);
-    for _ in 1..SIZE {
-        guest.offer(head);
+    for _ in 0..SIZE {
+        post_in_one(&mut guest, 99);
     }
     take_nothing(&mut queue);
-    guest.offer(head);
+    guest.offer(0);
     assert_eq!(take_broken(&mut queue), BrokenRing::TooManyAvailable);
+}
+
+/// Posts a request that takes one descriptor of the ring, as many as there are.
+fn post_in_one(guest: &mut Guest, kind: u32) -> u16 {
+    guest.write(HEADER_AT, &header(kind, 0));
+    guest.post_indirect(0x7000, &[out(HEADER_AT, 16), into(STATUS_AT, 1)])
+}
+
+#[test]
+fn a_request_that_is_made_available_again_before_its_answer_breaks_the_ring() {
+    let mut guest = Guest::new();
+    let mut queue = guest.queue();
+    let head = post(&mut guest, FLUSH, 0, &[]);
+    let request = take(&mut queue);
+    guest.offer(head);
+    assert_eq!(take_broken(&mut queue), BrokenRing::HeadInFlight { head });
+    queue.finish(request.token, BlkStatus::Ok);
+    assert!(!queue.flush());
+    assert_eq!(guest.used_idx(), 0, "a broken ring is not written to");
+}
+
+#[test]
+fn a_request_whose_answer_is_not_published_is_still_in_flight() {
+    let mut guest = Guest::new();
+    let mut queue = guest.queue();
+    let head = post(&mut guest, FLUSH, 0, &[]);
+    let request = take(&mut queue);
+    queue.finish(request.token, BlkStatus::Ok);
+    guest.offer(head);
+    assert_eq!(take_broken(&mut queue), BrokenRing::HeadInFlight { head });
+}
+
+#[test]
+fn a_request_can_be_made_available_again_once_it_was_answered() {
+    let mut guest = Guest::new();
+    let mut queue = guest.queue();
+    let head = post(&mut guest, FLUSH, 0, &[]);
+    for round in 1..=3 {
+        let request = take(&mut queue);
+        queue.finish(request.token, BlkStatus::Ok);
+        queue.flush();
+        assert_eq!(guest.used_idx(), round);
+        guest.offer(head);
+    }
 }
 
 /// Posts `buffers` and returns why that broke the ring.
@@ -158,10 +201,9 @@ fn a_jump_of_the_available_index_breaks_the_ring() {
 fn a_request_more_than_the_ring_has_entries_breaks_the_ring() {
     let mut guest = Guest::new();
     let mut queue = guest.queue();
-    post(&mut guest, FLUSH, 0, &[]);
-    let mut tokens = vec![take(&mut queue).token];
-    for _ in 1..SIZE {
-        guest.offer(0);
+    let mut tokens = Vec::new();
+    for _ in 0..SIZE {
+        post_in_one(&mut guest, FLUSH);
         tokens.push(take(&mut queue).token);
     }
     guest.offer(0);
