@@ -14,7 +14,7 @@ fn a_region_may_start_anywhere_in_its_file() {
         size: 0x1234,
         file_offset: 0x2345,
     };
-    let map = GuestMap::new(vec![(spec, file.try_clone().expect("clone"))]).expect("map");
+    let map = GuestMap::default().replaced(vec![(spec, file.try_clone().expect("clone"))]).expect("map");
     assert_eq!(map.table().last_addr().0, 0x2233);
     map.write_slice(b"hello", GuestAddress(0x1000))
         .expect("inside");
