@@ -276,10 +276,7 @@ impl GuestMap {
         (region.spec == spec && region.file == file).then_some(region)
     }
 
-    fn inserted(
-        &self,
-        region: Arc<Region>,
-    ) -> Result<GuestRegionCollection<Region>, MemoryError> {
+    fn inserted(&self, region: Arc<Region>) -> Result<GuestRegionCollection<Region>, MemoryError> {
         if self.memory.num_regions() as u64 >= MAX_MEMORY_SLOTS {
             return Err(MemoryError::TooMany);
         }
