@@ -12,6 +12,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use crate::daemons::{Attach, Export};
 use crate::front_end::{DATA, FrontEnd, OK, SECTOR, Setup, kind};
 use crate::memory::{memfd, user_addr};
+use crate::process::Process;
 use crate::ring::{Buffer, into, out};
 
 /// Where memory is plugged in: behind all that the guest has.
@@ -212,6 +213,18 @@ fn touch(guest: &mut FrontEnd, module: &Module) {
     assert_eq!(guest.status(0, 7), OK);
 }
 
+/// CPU time that the daemon's thread for unmapping has spent in the kernel, in hundredths of a second.
+fn unmapping(process: &Process) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.pid()));
+    let stats = tasks.expect("a process").flatten().filter_map(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+        let (_, fields) = stat.split_once(" (unmap) ")?;
+        // State is the third field of all, system time the fifteenth.
+        fields.split(' ').nth(12)?.parse::<u64>().ok()
+    });
+    stats.sum()
+}
+
 /// Longest that a request may take while memory is mapped and unmapped. A stall of a second is what a
 /// guest's user sees; this test is about far less, but shares its machine with others.
 const STALL: Duration = Duration::from_millis(500);
@@ -236,6 +249,7 @@ fn no_request_waits_while_much_memory_is_unmapped() {
             .add_mem_region(&module.region(0))
             .expect("ADD_MEM_REG");
         touch(&mut guest, &module);
+        let spent = unmapping(&attach.process);
         let mut elsewhere = FrontEnd {
             frontend: guest.frontend.clone(),
             memory: guest.memory.clone(),
@@ -265,6 +279,8 @@ fn no_request_waits_while_much_memory_is_unmapped() {
              (undisturbed {quiet:?})"
         );
         assert!(swapped < STALL, "{way}: a request took {swapped:?}");
+        let spent = unmapping(&attach.process) - spent;
+        assert!(spent > 0, "{way}: some other thread unmapped it");
     }
     drop(guest);
     attach.stop();

@@ -110,10 +110,10 @@ fn bad_regions_are_refused() {
 fn any_file_that_can_be_written_will_do_and_no_other() {
     let directory = TempDir::new().expect("a directory");
     let path = directory.as_path().join("memory");
-    let write_only = File::create_new(&path).expect("a file");
+    let plain = File::create_new(&path).expect("a file");
     let read_only = File::open(&path).expect("a file");
-    let plain = File::options().read(true).write(true).open(&path);
-    let plain = plain.expect("a file");
+    let write_only = File::options().write(true).open(&path);
+    let write_only = write_only.expect("a file");
     plain.set_len(0x4000).expect("a size");
     let map = GuestMap::default().with(one(0x3000, 0x800), &plain);
     let map = map.expect("a file of a file system");

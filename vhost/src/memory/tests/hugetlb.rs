@@ -63,9 +63,7 @@ fn regions_of_files_in_huge_pages_may_start_and_end_anywhere() {
         return;
     };
     let path = pages.path().join("guest");
-    File::create_new(&path).expect("a file");
-    let file = File::options().read(true).write(true).open(path);
-    let file = file.expect("a file");
+    let file = File::create_new(path).expect("a file");
     file.set_len(4 * HUGE).expect("a size");
     // Neither the offset nor the length is a multiple of a huge page.
     let odd = one(HUGE + 0x3000, HUGE / 2 + 0x1000);
