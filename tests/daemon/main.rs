@@ -28,6 +28,7 @@ mod ending;
 mod faults;
 mod finding;
 mod growth;
+mod hotplug;
 mod links;
 mod local;
 mod malformed;

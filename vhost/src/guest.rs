@@ -281,7 +281,7 @@ pub(crate) fn map_of(files: &[File]) -> GuestMap {
         .iter()
         .zip(files)
         .map(|(addr, file)| (spec(*addr), file.try_clone().expect("clone")));
-    GuestMap::new(specs.collect()).expect("map")
+    GuestMap::default().replaced(specs.collect()).expect("map")
 }
 
 pub(crate) fn spec(guest_addr: u64) -> RegionSpec {

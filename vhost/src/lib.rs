@@ -27,6 +27,7 @@ mod memory;
 mod queue;
 mod session;
 mod token;
+mod unmap;
 mod used_ring;
 mod vring;
 
