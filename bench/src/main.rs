@@ -11,6 +11,7 @@ mod link;
 mod load;
 mod memory;
 mod options;
+mod placement;
 mod relay;
 mod results;
 mod rows;

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, value_parser};
 
+use crate::placement::Placement;
+
 /// Measure vhost-user-blk back-ends over their sockets: all contenders in turn, several rounds.
 #[derive(Debug, Parser)]
 #[command(name = "bench", after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
@@ -42,6 +44,9 @@ pub(crate) struct Options {
     /// The qemu-storage-daemon program
     #[arg(long, value_name = "PATH", default_value = "qemu-storage-daemon")]
     pub(crate) qemu_storage_daemon: PathBuf,
+    /// Which processors the driver and the back-ends run on
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = Placement::Apart)]
+    pub(crate) placement: Placement,
     /// Write every measurement as JSON to this file
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,

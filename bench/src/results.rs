@@ -4,12 +4,14 @@ use serde::Serialize;
 
 use crate::calibration::Calibration;
 use crate::counting::Counts;
+use crate::placement::Placement;
 use crate::statistics::{Summary, summarize};
 
 /// A whole run.
 #[derive(Debug, Serialize)]
 pub(crate) struct Results {
     pub(crate) machine: Machine,
+    pub(crate) placement: Placement,
     pub(crate) rounds: u32,
     pub(crate) seconds: f64,
     pub(crate) disk_bytes: u64,
@@ -214,6 +216,7 @@ mod tests {
                 memory_mib: 1,
                 load_average: 0.0,
             },
+            placement: Placement::Free,
             rounds: 3,
             seconds: 1.0,
             disk_bytes: 1,

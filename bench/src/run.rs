@@ -14,6 +14,7 @@ use crate::kernel;
 use crate::link::SECTOR;
 use crate::load::{self, Load, Until};
 use crate::options::Options;
+use crate::placement::Processors;
 use crate::progress;
 use crate::results::{Cell, Machine, Measurement, Results, Skipped};
 use crate::rows::{self, Row};
@@ -52,6 +53,8 @@ pub(crate) fn run(options: &Options) -> Result<Results> {
         .with_context(|| format!("{}", options.directory.display()))?;
     let setup = setup(options, directory.path())?;
     let mut skipped = Vec::new();
+    let processors = Processors::new(options.placement)?;
+    processors.start_back_ends()?;
     let mut entrants = enter(contenders, &setup, &rows, &mut skipped)?;
     ensure!(!entrants.is_empty(), "no contender can be measured");
 
@@ -60,7 +63,9 @@ pub(crate) fn run(options: &Options) -> Result<Results> {
     progress(&format!("measuring for about {:.0} s", time));
     let mut calibration = Vec::new();
     for round in 0..options.rounds {
+        processors.use_all()?;
         calibration.push(calibrate()?);
+        processors.drive()?;
         for (index, row) in rows.iter().enumerate() {
             progress(&format!(
                 "round {} of {}: {}",
@@ -84,6 +89,7 @@ pub(crate) fn run(options: &Options) -> Result<Results> {
             }
         }
     }
+    processors.use_all()?;
     count(&mut entrants, &setup, &rows)?;
     let mut cells = Vec::new();
     let mut columns: Vec<_> = entrants.into_iter().map(|e| e.cells.into_iter()).collect();
@@ -93,6 +99,7 @@ pub(crate) fn run(options: &Options) -> Result<Results> {
     cells.retain(|cell| !cell.rounds.is_empty());
     Ok(Results {
         machine,
+        placement: options.placement,
         rounds: options.rounds,
         seconds: options.seconds,
         disk_bytes: setup.size,

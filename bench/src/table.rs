@@ -17,7 +17,8 @@ pub(crate) fn render(results: &Results, style: Style) -> String {
     let machine = &results.machine;
     let mut out = format!(
         "{} × {}, {} MiB, Linux {}; load average {:.2} at the start\n\
-         {} rounds of {} s for each row; disks of {} MiB; medians, ± half the range over the rounds\n\n",
+         {} rounds of {} s for each row; disks of {} MiB; medians, ± half the range over the rounds\n\
+         {}\n\n",
         machine.processors,
         machine.processor,
         machine.memory_mib,
@@ -26,6 +27,7 @@ pub(crate) fn render(results: &Results, style: Style) -> String {
         results.rounds,
         results.seconds,
         results.disk_bytes >> 20,
+        results.placement.described(),
     );
     table(&mut out, style, 1, &calibration(results));
     table(&mut out, style, 2, &measurements(results));

@@ -29,6 +29,7 @@ mod ending;
 mod faults;
 mod finding;
 mod growth;
+mod hotplug;
 mod inflight;
 mod links;
 mod local;

@@ -104,6 +104,8 @@ impl GuestMap {
 
     /// Copies to the guest.
     pub(crate) fn write_at(&self, addr: u64, from: &[u8]) -> Result<(), OutsideMemory> {
+        #[cfg(test)]
+        crate::fuse::burn();
         let addr = GuestAddress(addr);
         self.write_slice(from, addr).map_err(|_| OutsideMemory)
     }
@@ -121,6 +123,8 @@ impl GuestMap {
         value: u16,
         order: Ordering,
     ) -> Result<(), OutsideMemory> {
+        #[cfg(test)]
+        crate::fuse::burn();
         self.store(value.to_le(), GuestAddress(addr), order)
             .map_err(|_| OutsideMemory)
     }

@@ -319,7 +319,7 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
     ) -> VhostResult<Option<Vec<u64>>> {
         self.answered = true;
         let regions = regions.iter().map(region_spec).zip(files).collect();
-        self.set_memory(GuestMap::new(regions).map_err(refuse)?);
+        self.set_memory(self.memory.replaced(regions).map_err(refuse)?);
         Ok(None)
     }
 

@@ -210,6 +210,11 @@ impl Guest {
         }
     }
 
+    /// Writes a chain into a table of its own.
+    pub(crate) fn table(&self, table: u64, buffers: &[(u64, u32, u16)]) {
+        self.link(table, 0, SIZE, buffers);
+    }
+
     /// Posts a chain of direct descriptors and returns its head.
     pub(crate) fn post(&mut self, buffers: &[(u64, u32, u16)]) -> u16 {
         let head = self.next_desc;
@@ -276,7 +281,7 @@ pub(crate) fn map_of(files: &[File]) -> GuestMap {
         .iter()
         .zip(files)
         .map(|(addr, file)| (spec(*addr), file.try_clone().expect("clone")));
-    GuestMap::new(specs.collect()).expect("map")
+    GuestMap::default().replaced(specs.collect()).expect("map")
 }
 
 pub(crate) fn spec(guest_addr: u64) -> RegionSpec {

@@ -214,3 +214,6 @@ fn check_parts(memory: &Arc<Mapping>, shape: RegionShape) -> Result<bool, Inflig
 
 // Tails are read and written in numbers of 8 bytes.
 const _: () = assert!(ALIGNMENT.is_multiple_of(8));
+
+#[cfg(test)]
+mod tests;

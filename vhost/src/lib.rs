@@ -27,6 +27,7 @@ mod memory;
 mod queue;
 mod session;
 mod token;
+mod unmap;
 mod used_ring;
 mod vring;
 
@@ -40,5 +41,7 @@ pub use session::{Rings, SessionError, serve};
 pub use token::Token;
 pub use vring::Signal;
 
+#[cfg(test)]
+mod fuse;
 #[cfg(test)]
 mod guest;

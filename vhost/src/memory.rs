@@ -1,7 +1,9 @@
 //! Guest memory: one generation of the table of regions that a front-end shares, mapped.
 //!
 //! A generation never changes. Adding or removing a region makes a new [`GuestMap`] that shares the
-//! mappings that stay; a mapping goes away with the last generation that knows it.
+//! mappings that stay, and so does a whole new table that names them again; a mapping goes away with
+//! the last generation that knows it. Whoever drops that one, a worker in most cases, does not unmap
+//! (see [`crate::unmap`]).
 
 #![expect(
     unsafe_code,
@@ -15,8 +17,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use memdesc::Segment;
-use rustix::fs::{FileType, fstat, fstatfs};
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::fs::{FileType, Stat, fstat, fstatfs};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
     GuestRegionCollection, GuestUsize, MemoryRegionAddress, VolatileSlice,
@@ -24,6 +26,7 @@ use vm_memory::{
 
 use crate::access::Slices;
 use crate::device::MAX_MEMORY_SLOTS;
+use crate::unmap;
 
 /// `f_type` of a hugetlbfs, whose files are mapped in whole huge pages.
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
@@ -74,8 +77,22 @@ unsafe impl Send for Mapping {}
 // SAFETY: shared access only reads the address and the length.
 unsafe impl Sync for Mapping {}
 
+impl Mapping {
+    /// What a guest has in memory is not for our core dumps, which it would make huge besides.
+    fn leave_out_of_dumps(&self) {
+        // SAFETY: the range is ours, and the advice changes nothing that a program can see.
+        let advised =
+            unsafe { madvise(self.base.as_ptr().cast(), self.len, Advice::LinuxDontDump) };
+        if let Err(error) = advised {
+            tracing::debug!(%error, "guest memory will be in core dumps");
+        }
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
+        #[cfg(test)]
+        unmap::note(self.len);
         // SAFETY: the mapping is ours, and whatever points into it holds, or is counted by, the
         // generation that keeps it.
         if let Err(error) = unsafe { munmap(self.base.as_ptr().cast(), self.len) } {
@@ -84,10 +101,21 @@ impl Drop for Mapping {
     }
 }
 
+/// What tells one living file from every other: device and inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileId(u64, u64);
+
+impl FileId {
+    fn of(stat: &Stat) -> Self {
+        Self(stat.st_dev, stat.st_ino)
+    }
+}
+
 /// A mapped region.
 #[derive(Debug)]
 pub struct Region {
     spec: RegionSpec,
+    file: FileId,
     mapping: Mapping,
     /// Where the region starts in the mapping, which starts at a page boundary of the file.
     lead: usize,
@@ -95,27 +123,38 @@ pub struct Region {
 }
 
 impl Region {
-    fn map(spec: RegionSpec, file: &File) -> Result<Self, MemoryError> {
+    /// Checks what can be checked of a region before it is mapped.
+    fn check(spec: RegionSpec, file: &File) -> Result<Stat, MemoryError> {
         let RegionSpec {
             guest_addr,
             user_addr,
             size,
             file_offset,
         } = spec;
-        let range = || MemoryError::Range(guest_addr, size);
-        let failed = |errno| MemoryError::Map(guest_addr, size, errno);
         let fits = |start: u64| start.checked_add(size).is_some();
-        let length = usize::try_from(size).map_err(|_| range())?;
         if size == 0 || !fits(guest_addr) || !fits(user_addr) || !fits(file_offset) {
-            return Err(range());
+            return Err(MemoryError::Range(guest_addr, size));
         }
-        let stat = fstat(file).map_err(failed)?;
+        let stat = fstat(file).map_err(|errno| MemoryError::Map(guest_addr, size, errno))?;
         let file_len = u64::try_from(stat.st_size).unwrap_or(0);
         let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         // Touching a page past the end of a file is a SIGBUS.
         if is_file && file_offset + size > file_len {
             return Err(MemoryError::PastEndOfFile(guest_addr, size, file_len));
         }
+        Ok(stat)
+    }
+
+    /// Maps a region that was checked.
+    fn map(spec: RegionSpec, file: &File, stat: &Stat) -> Result<Self, MemoryError> {
+        let RegionSpec {
+            guest_addr,
+            size,
+            file_offset,
+            ..
+        } = spec;
+        let range = || MemoryError::Range(guest_addr, size);
+        let failed = |errno| MemoryError::Map(guest_addr, size, errno);
         let page = page_size(file).map_err(failed)?;
         let lead = file_offset % page;
         let len = (lead + size)
@@ -134,16 +173,16 @@ impl Region {
             )
         }
         .map_err(failed)?;
-        let base = NonNull::new(base.cast()).ok_or(MemoryError::Map(
-            guest_addr,
-            size,
-            rustix::io::Errno::FAULT,
-        ))?;
+        let base = NonNull::new(base.cast()).ok_or(failed(rustix::io::Errno::FAULT))?;
+        let mapping = Mapping { base, len };
+        mapping.leave_out_of_dumps();
+        unmap::get_ready();
         Ok(Self {
             spec,
-            mapping: Mapping { base, len },
+            file: FileId::of(stat),
+            mapping,
             lead: usize::try_from(lead).map_err(|_| range())?,
-            size: length,
+            size: usize::try_from(size).map_err(|_| range())?,
         })
     }
 
@@ -206,27 +245,46 @@ pub struct GuestMap {
 }
 
 impl GuestMap {
-    /// Maps a whole new table.
-    pub(crate) fn new(regions: Vec<(RegionSpec, File)>) -> Result<Self, MemoryError> {
+    /// Maps a whole new table. Regions that this generation has as well are not mapped again: the
+    /// pages of theirs that we have touched stay as quick to reach as they were.
+    pub(crate) fn replaced(&self, regions: Vec<(RegionSpec, File)>) -> Result<Self, MemoryError> {
         let mut map = Self::default();
         for (spec, file) in regions {
-            map = map.with(spec, &file)?;
+            let stat = Region::check(spec, &file)?;
+            let region = match self.mapped(spec, FileId::of(&stat)) {
+                Some(region) => region,
+                None => Arc::new(Region::map(spec, &file, &stat)?),
+            };
+            map.memory = map.inserted(region)?;
         }
         Ok(map)
     }
 
     /// The generation that has one more region. The file need not stay open.
     pub(crate) fn with(&self, spec: RegionSpec, file: &File) -> Result<Self, MemoryError> {
+        let stat = Region::check(spec, file)?;
+        let region = Region::map(spec, file, &stat)?;
+        let memory = self.inserted(Arc::new(region))?;
+        Ok(Self { memory })
+    }
+
+    /// The region that is exactly this one, if there is one.
+    fn mapped(&self, spec: RegionSpec, file: FileId) -> Option<Arc<Region>> {
+        let at = GuestAddress(spec.guest_addr);
+        let (_, region) = self.memory.remove_region(at, spec.size).ok()?;
+        // Our mapping keeps the file alive, so that no other file can have become it.
+        (region.spec == spec && region.file == file).then_some(region)
+    }
+
+    fn inserted(&self, region: Arc<Region>) -> Result<GuestRegionCollection<Region>, MemoryError> {
         if self.memory.num_regions() as u64 >= MAX_MEMORY_SLOTS {
             return Err(MemoryError::TooMany);
         }
-        let overlap = || MemoryError::Overlap(spec.guest_addr, spec.size);
-        let region = Arc::new(Region::map(spec, file)?);
+        let overlap = MemoryError::Overlap(region.spec.guest_addr, region.spec.size);
         if self.memory.iter().any(|other| region.overlaps_user(other)) {
-            return Err(overlap());
+            return Err(overlap);
         }
-        let memory = self.memory.insert_region(region).map_err(|_| overlap())?;
-        Ok(Self { memory })
+        self.memory.insert_region(region).map_err(|_| overlap)
     }
 
     /// The generation that lacks a region, found by its addresses and size alone.
@@ -288,6 +346,14 @@ impl GuestMap {
             out.push(unsafe { Segment::new(base, slice.len()) });
         }
         Ok(())
+    }
+}
+
+impl Drop for GuestMap {
+    fn drop(&mut self) {
+        if self.memory.num_regions() > 0 {
+            unmap::later(std::mem::take(&mut self.memory));
+        }
     }
 }
 

@@ -43,6 +43,8 @@ impl Mapping {
     /// finds the stores up to that moment, and none behind it.
     #[inline]
     pub(crate) fn store<T: AtomicAccess>(&self, at: usize, value: T) {
+        #[cfg(test)]
+        crate::fuse::burn();
         let stored = self.bytes().store(value, at, Ordering::Release);
         debug_assert!(stored.is_ok(), "field at {at} is outside the region");
     }

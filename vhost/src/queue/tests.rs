@@ -7,8 +7,11 @@ use crate::guest::{
 };
 
 mod broken;
+mod crashes;
+mod hostile_region;
 mod lifetimes;
 mod notifications;
+mod recovery;
 mod requests;
 
 const READ: u32 = 0;

@@ -23,6 +23,7 @@ use crate::guest::{
 use crate::{BlkStatus, Operation, Request, Token};
 
 mod configuration;
+mod inflight;
 mod memory;
 mod messages;
 mod rings;
@@ -36,6 +37,7 @@ const DISK_WRITE: u32 = 1;
 struct Worker {
     lanes: Mutex<BTreeMap<usize, Lane>>,
     events: Mutex<Vec<String>>,
+    tails: Mutex<Vec<Option<Tail>>>,
 }
 
 struct Lane {
@@ -50,6 +52,17 @@ impl Lane {
         }
         self.queue.flush();
         self.queue.rearm();
+    }
+
+    fn leave(&mut self) {
+        for Request {
+            token, operation, ..
+        } in self.held.drain(..)
+        {
+            drop(operation);
+            self.queue.leave(token);
+        }
+        self.queue.flush();
     }
 
     fn finish(&mut self) {
@@ -76,6 +89,11 @@ impl Worker {
     /// What was asked of the worker since the last look.
     fn events(&self) -> Vec<String> {
         std::mem::take(&mut self.events.lock().expect("unpoisoned"))
+    }
+
+    /// The tails that the worker was told of since the last look.
+    fn tails(&self) -> Vec<Option<Tail>> {
+        std::mem::take(&mut self.tails.lock().expect("unpoisoned"))
     }
 
     fn running(&self) -> Vec<usize> {
@@ -130,6 +148,18 @@ impl Rings for Worker {
         let mut lane = self.lanes.lock().expect("unpoisoned").remove(&index)?;
         lane.finish();
         Some(lane.queue)
+    }
+
+    fn suspend(&self, index: usize) -> Option<Queue> {
+        self.log(format!("suspend {index}"));
+        let mut lane = self.lanes.lock().expect("unpoisoned").remove(&index)?;
+        lane.leave();
+        Some(lane.queue)
+    }
+
+    fn region(&self, tail: Option<Tail>) {
+        assert_eq!(self.running(), [0; 0], "a ring is running");
+        self.tails.lock().expect("unpoisoned").push(tail);
     }
 }
 
