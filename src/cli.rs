@@ -22,7 +22,7 @@ use uuid::Uuid;
 use crate::bridge::path_choice::IoPolicy;
 use crate::config::ids::parse_uuid;
 use crate::config::uri::parse_selector;
-use crate::config::{DiscoveryUri, Locator, Serial, Spec, Uri};
+use crate::config::{DiscoveryUri, DrainPolicy, Locator, Serial, Spec, Uri};
 use crate::limits;
 use crate::logging::{LogFormat, LogOptions};
 use rates::RateArgs;
@@ -228,15 +228,17 @@ pub(crate) struct AttachArgs {
         value_parser = value_parser!(i32).range(limits::LOSS_SECONDS)
     )]
     pub(crate) fast_io_fail_tmo: i32,
-    /// Seconds for which a queue that the VMM stops, or leaves, may wait for a lost controller; then its requests
-    /// fail
+    /// Seconds for which a queue that the VMM stops may wait for a lost controller; see --drain-policy
     #[arg(
         long,
         value_name = "S",
         default_value_t = limits::DEFAULT_DRAIN_SECONDS,
         value_parser = value_parser!(u16).range(limits::DRAIN_SECONDS)
     )]
-    pub(crate) drain_tmo: u16,
+    pub(crate) drain_timeout: u16,
+    /// What becomes of requests that take longer
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) drain_policy: DrainPolicy,
     /// Ask for a CRC32C digest of every PDU header
     #[arg(long)]
     pub(crate) hdr_digest: bool,

@@ -9,26 +9,28 @@ use std::time::{Duration, Instant};
 use nvmf::host::{Association, ControllerInfo, HostError, NamespaceInfo, TargetAddress};
 use nvmf::transport::Registry;
 use tokio::net::UnixListener;
-use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use vhost_user_blk::{Device, Queue, QueueUpdate, Rings, serve};
+use vhost_user_blk::{Device, Rings, serve};
 
 use crate::bridge::geometry::{self, Choices};
 use crate::bridge::path_choice::IoPolicy;
 use crate::bridge::translate::Limits;
-use crate::config::{AttachConfig, Uri};
+use crate::config::{AttachConfig, Drain, Uri};
 use crate::limits::{LANE_SLOTS, MAILBOX, MAX_PATHS};
 use crate::metrics::DiskCounters;
 use crate::namespace_events::NamespaceEvents;
 use crate::reconnect::crowd::Crowd;
+use crate::reconnect::earlier::SessionNews;
 use crate::reconnect::way_back::{Found, WayBack};
 use crate::reconnect::{Paths, PathsSetup};
 use crate::remembered::Remembered;
+use crate::rings::LaneRings;
 use crate::worker::Worker;
 use crate::worker::lane::{DeviceLane, LaneSetup};
 use crate::worker::mailbox::{LaneMessage, Mailbox};
+use crate::worker::placement::Placement;
 use crate::worker::throttle::{Rates, Throttle};
 
 /// How long rings may take to drain when the daemon is told to end.
@@ -64,8 +66,11 @@ pub(crate) struct Backing {
     pub(crate) poll_max: Duration,
     /// The keep-alive time-out that was asked for.
     pub(crate) keep_alive: Duration,
-    /// How long a ring that stops may wait for a controller that is lost.
-    pub(crate) drain: Duration,
+    /// How rings stop.
+    pub(crate) drain: Drain,
+    /// How long storage in this machine goes on with what a process had begun that is gone; `None` for a
+    /// controller elsewhere.
+    pub(crate) local_quiet: Option<Duration>,
     /// How to get back to the controller; `None` where its loss is the end.
     pub(crate) way_back: Option<WayBack>,
     /// Where other paths lead to the same.
@@ -92,6 +97,7 @@ impl Backing {
             poll_max: config.poll_max,
             keep_alive: config.host.keep_alive_tmo,
             drain: config.drain,
+            local_quiet: None,
             way_back: None,
             others: Vec::new(),
         }
@@ -120,8 +126,10 @@ pub(crate) struct Disk {
 struct Front {
     name: String,
     device: Arc<Device>,
-    lanes: Vec<Mailbox>,
-    drain: Duration,
+    placement: Arc<Placement>,
+    /// Where the control plane learns what a session does.
+    session: mpsc::Sender<SessionNews>,
+    drain: Drain,
     counters: Arc<DiskCounters>,
 }
 
@@ -205,6 +213,7 @@ impl Disk {
             poll_max,
             keep_alive,
             drain,
+            local_quiet,
             way_back,
             others,
         } = backing;
@@ -217,15 +226,16 @@ impl Disk {
         let (loss, losses) = mpsc::channel(2 * reports);
         let (change, changes) = mpsc::channel(reports);
         let (more, new_paths) = mpsc::channel(MAX_PATHS);
-        for (worker, index) in workers.iter().cycle().take(count).zip(0..) {
+        let (recovery, recovered) = mpsc::channel(count.max(1));
+        for worker in workers.iter().cycle().take(count) {
             let (mailbox, mail) = Mailbox::new(MAILBOX);
             let setup = LaneSetup {
                 name: name.clone(),
-                index,
                 limits,
                 policy,
                 losses: loss.clone(),
                 changes: change.clone(),
+                recovered: recovery.clone(),
                 io_timeout,
                 mail,
                 counters: counters.lane(),
@@ -259,12 +269,18 @@ impl Disk {
             loss,
             namespace,
         );
+        let rings = usize::from(device.options().num_queues);
+        let placement = Arc::new(Placement::new(lanes, rings));
+        let (session, news) = mpsc::channel(1);
         let paths = Paths::new(PathsSetup {
             name: name.clone(),
             first,
             namespace,
             keep_alive,
-            lanes: lanes.clone(),
+            placement: Arc::clone(&placement),
+            session: news,
+            recovered,
+            local_quiet,
             losses,
             changes,
             new_paths,
@@ -274,7 +290,8 @@ impl Disk {
         let front = Front {
             name,
             device,
-            lanes,
+            placement,
+            session,
             drain,
             counters,
         };
@@ -362,11 +379,8 @@ impl Front {
         let stream = stream.into_std()?;
         let shutdown = stream.try_clone()?;
         let device = Arc::clone(&self.device);
-        let rings: Arc<dyn Rings> = Arc::new(LaneRings {
-            lanes: self.lanes.clone(),
-            drain: self.drain,
-            control: Handle::current(),
-        });
+        let (placement, session) = (Arc::clone(&self.placement), self.session.clone());
+        let rings: Arc<dyn Rings> = Arc::new(LaneRings::new(placement, session, self.drain));
         let name = self.name.clone();
         let (ended, end) = oneshot::channel();
         // A thread of its own: the messages are read blocking, and a drain may take its time.
@@ -393,8 +407,9 @@ impl Front {
         }
         // All are told before any is waited for, so that many take no longer than one.
         let let_go = async {
-            let mut ends = Vec::with_capacity(self.lanes.len());
-            for lane in &self.lanes {
+            let lanes = self.placement.lanes();
+            let mut ends = Vec::with_capacity(lanes.len());
+            for lane in lanes {
                 let (done, ended) = oneshot::channel();
                 lane.send(LaneMessage::End { done }).await;
                 ends.push(ended);
@@ -425,52 +440,5 @@ impl Session {
             Some(session) => drop((&mut session.end).await),
             None => std::future::pending().await,
         }
-    }
-}
-
-/// Gives each ring to the lane that its number falls to.
-struct LaneRings {
-    lanes: Vec<Mailbox>,
-    /// How long a ring that stops may wait for a controller that is lost.
-    drain: Duration,
-    /// Where that time passes.
-    control: Handle,
-}
-
-impl LaneRings {
-    fn lane(&self, index: usize) -> Option<&Mailbox> {
-        self.lanes.get(index % self.lanes.len().max(1))
-    }
-}
-
-impl Rings for LaneRings {
-    fn start(&self, index: usize, queue: Queue) {
-        let queue = Box::new(queue);
-        let lane = self.lane(index);
-        lane.and_then(|lane| lane.ask(|done| LaneMessage::Start { index, queue, done }));
-    }
-
-    fn update(&self, index: usize, update: QueueUpdate) {
-        let lane = self.lane(index);
-        lane.and_then(|lane| {
-            lane.ask(|done| LaneMessage::Update {
-                index,
-                update,
-                done,
-            })
-        });
-    }
-
-    fn stop(&self, index: usize) -> Option<Queue> {
-        let lane = self.lane(index)?;
-        let (drain, late) = (self.drain, lane.clone());
-        // The front-end waits for this, and so does the next one.
-        let hurry = self.control.spawn(async move {
-            sleep(drain).await;
-            late.send(LaneMessage::Hurry { index }).await;
-        });
-        let queue = lane.ask(|done| LaneMessage::Stop { index, done });
-        hurry.abort();
-        Some(*queue.flatten()?)
     }
 }

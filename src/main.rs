@@ -17,6 +17,7 @@ mod reconnect;
 mod rediscovery;
 mod remembered;
 mod report;
+mod rings;
 mod serve;
 mod show;
 mod socket;

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use crate::bridge::path_choice::{Access, IoPolicy};
-use crate::config::{Machine, ServeConfig};
+use crate::config::{Drain, DrainPolicy, Machine, ServeConfig};
 use crate::disk::{Backing, Disk};
 use crate::limits;
 use crate::reconnect::way_back::Found;
@@ -22,8 +22,16 @@ use crate::worker::Worker;
 
 /// Namespace identifier of the disk.
 const NSID: u32 = 1;
-/// How long a ring that stops may wait for a controller that is lost.
-const LOCAL_DRAIN: Duration = Duration::from_secs(limits::DEFAULT_DRAIN_SECONDS as u64);
+/// A ring that stops waits for storage as long as it takes; nothing is ended for it, since nothing would come back.
+const LOCAL_DRAIN: Drain = Drain {
+    timeout: Duration::from_secs(limits::DEFAULT_DRAIN_SECONDS as u64),
+    policy: DrainPolicy::Error,
+    may_end_paths: false,
+};
+/// How long a device goes on with writes of a process that is gone. What goes through the page cache is over by then:
+/// threads do that, and the kernel closes the process's sockets after its last thread has ended. A device that has taken a
+/// direct write completes it, in the time that it takes when it is well.
+const LOCAL_QUIET: Duration = Duration::from_secs(1);
 
 /// Why there is no local disk.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +119,7 @@ impl Local {
             poll_max: config.poll_max,
             keep_alive: options.keep_alive_tmo,
             drain: LOCAL_DRAIN,
+            local_quiet: Some(LOCAL_QUIET),
             // A controller in the same process does not come back on its own.
             way_back: None,
             others: Vec::new(),

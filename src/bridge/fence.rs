@@ -13,11 +13,11 @@ use std::ops::Range;
 /// Records that one disk keeps. More are merged: a fence becomes wider then, and is never dropped.
 pub(crate) const MAX_FENCES: usize = 4096;
 
-/// A request of a disk, as long as the process lives.
+/// A request of a disk, as long as the front-end keeps its region of requests in flight: longer than a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Owner {
-    /// The lane that it is on.
-    pub(crate) lane: u16,
+    /// The ring that it is on.
+    pub(crate) ring: u16,
     /// Its number there.
     pub(crate) request: u64,
 }
@@ -92,6 +92,38 @@ impl Fences {
         self.0.iter().any(forbids)
     }
 
+    /// Requests have other numbers from now on: none is an owner any more.
+    pub(crate) fn disown(&mut self) {
+        for fence in &mut self.0 {
+            fence.owner = None;
+        }
+    }
+
+    /// The same, of the requests of one ring. True when some were.
+    pub(crate) fn disown_ring(&mut self, ring: usize) -> bool {
+        let mut any = false;
+        for fence in &mut self.0 {
+            let owned = fence.owner.filter(|owner| usize::from(owner.ring) == ring);
+            if owned.is_some() {
+                fence.owner = None;
+                any = true;
+            }
+        }
+        any
+    }
+
+    /// Each of them.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Fence> {
+        self.0.iter()
+    }
+
+    /// As few as these, each as wide as has to be: at least 1.
+    pub(crate) fn squeeze(&mut self, most: usize) {
+        while self.0.len() > most.max(1) {
+            self.halve();
+        }
+    }
+
     /// True when nothing is fenced.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -143,14 +175,14 @@ mod tests {
         Fence {
             slba,
             blocks,
-            owner: Some(Owner { lane: 0, request }),
+            owner: Some(Owner { ring: 0, request }),
             generation: 1,
             deadline,
         }
     }
 
     const STRANGER: Owner = Owner {
-        lane: 1,
+        ring: 1,
         request: 0,
     };
 
@@ -159,11 +191,11 @@ mod tests {
         let mut fences = Fences::default();
         fences.add(fence(10, 5, 7, 100));
         let owner = Owner {
-            lane: 0,
+            ring: 0,
             request: 7,
         };
         let same_number_elsewhere = Owner {
-            lane: 1,
+            ring: 1,
             request: 7,
         };
         for (blocks, held) in [
@@ -189,7 +221,7 @@ mod tests {
         fences.add(fence(0, 8, 1, 100));
         fences.add(fence(4, 8, 2, 100));
         for request in [1, 2] {
-            assert!(fences.forbid(Owner { lane: 0, request }, &(4..8)));
+            assert!(fences.forbid(Owner { ring: 0, request }, &(4..8)));
         }
     }
 
@@ -228,7 +260,7 @@ mod tests {
             let must_wait = added.iter().any(|&(slba, count, owner, deadline)| {
                 deadline > now && owner != request && slba < start + blocks && start < slba + count
             });
-            let owner = Owner { lane: 0, request };
+            let owner = Owner { ring: 0, request };
             let forbidden = fences.forbid(owner, &(start..start + blocks));
             if halvings == 0 {
                 prop_assert_eq!(forbidden, must_wait);

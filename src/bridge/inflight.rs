@@ -11,6 +11,8 @@
 //! that writes where another of unknown fate may still write is set aside until the fence is gone, and delays
 //! nobody else.
 
+mod left;
+
 use std::collections::VecDeque;
 use std::ops::Range;
 
@@ -45,11 +47,7 @@ pub(crate) struct Inflight<T> {
     /// Slots whose result is to be taken.
     done: VecDeque<u16>,
     scratch: Vec<u8>,
-    /// The lane that this is of.
-    lane: u16,
-    /// Requests that were opened.
-    opened: u64,
-    /// By path: what was handed to a queue pair that is gone and not completed, since this was last taken.
+    /// By path, and for an earlier life: what was handed to a queue pair that is gone and not completed, since this was last taken.
     unknown: Vec<Unknown>,
 }
 
@@ -154,8 +152,8 @@ pub(crate) struct Finished<T> {
 }
 
 impl<T> Inflight<T> {
-    /// Room for `capacity` requests, at most [`MAX_SLOTS`], of lane number `lane`.
-    pub(crate) fn new(lane: u16, capacity: usize) -> Self {
+    /// Room for `capacity` requests, at most [`MAX_SLOTS`].
+    pub(crate) fn new(capacity: usize) -> Self {
         let capacity = capacity.clamp(1, MAX_SLOTS);
         let slot = |_| Slot {
             generation: 0,
@@ -170,9 +168,7 @@ impl<T> Inflight<T> {
             overtaken: Vec::new(),
             done: VecDeque::with_capacity(capacity),
             scratch: Vec::with_capacity(RANGES_BYTES),
-            lane,
-            opened: 0,
-            unknown: vec![Unknown::default(); MAX_PATHS],
+            unknown: vec![Unknown::default(); MAX_PATHS + 1],
         }
     }
 
@@ -186,7 +182,8 @@ impl<T> Inflight<T> {
         !self.waiting.is_empty()
     }
 
-    /// Takes a request. One that cannot be carried out, or has nothing to do, is done at once.
+    /// Takes a request, which `owner` names in the whole disk. One that cannot be carried out, or has nothing to do,
+    /// is done at once.
     ///
     /// # Errors
     /// There is no [`Self::room`]; it comes back as it was.
@@ -197,6 +194,7 @@ impl<T> Inflight<T> {
     pub(crate) fn open(
         &mut self,
         guest: T,
+        owner: Owner,
         operation: Operation,
         limits: &Limits,
     ) -> Result<(), (T, Operation)> {
@@ -212,7 +210,6 @@ impl<T> Inflight<T> {
         } else {
             self.waiting.push_back(index);
         }
-        self.opened += 1;
         let len = match &operation {
             Operation::Read { sink, .. } => sink.len(),
             Operation::Write { source, .. } => source.len(),
@@ -221,10 +218,7 @@ impl<T> Inflight<T> {
         if let Some(slot) = self.slots.get_mut(usize::from(index)) {
             slot.entry = Some(Entry {
                 guest,
-                owner: Owner {
-                    lane: self.lane,
-                    request: self.opened,
-                },
+                owner,
                 lost: PathSet::EMPTY,
                 collected: PathSet::EMPTY,
                 parked: false,

@@ -12,10 +12,10 @@ use super::*;
 
 /// A queue that holds what was submitted until the test completes it.
 #[derive(Default)]
-struct Queue {
-    room: usize,
+pub(super) struct Queue {
+    pub(super) room: usize,
     ended: bool,
-    held: VecDeque<(Sqe, Transfer, u64)>,
+    pub(super) held: VecDeque<(Sqe, Transfer, u64)>,
 }
 
 impl Queue {
@@ -38,7 +38,7 @@ impl Queue {
         Err(Rejected { transfer, reason })
     }
 
-    fn complete(&mut self, status: Status) -> Completion {
+    pub(super) fn complete(&mut self, status: Status) -> Completion {
         let (_, transfer, token) = self.held.pop_front().unwrap();
         completion(transfer, token, status)
     }
@@ -80,49 +80,64 @@ impl Outlet for To<'_> {
     }
 }
 
-fn only(path: usize) -> PathSet {
+pub(super) fn only(path: usize) -> PathSet {
     let mut set = PathSet::EMPTY;
     set.insert(path);
     set
 }
 
-struct Rig {
-    limits: Limits,
-    storage: Storage,
-    inflight: Inflight<u32>,
-    fences: Fences,
-    queue: Queue,
+pub(super) struct Rig {
+    ring: u16,
+    opened: u64,
+    pub(super) limits: Limits,
+    pub(super) storage: Storage,
+    pub(super) inflight: Inflight<u32>,
+    pub(super) fences: Fences,
+    pub(super) queue: Queue,
 }
 
 impl Rig {
     /// A table of 4 slots, a queue with room for `room`, and MDTS of 4 KiB.
-    fn new(room: usize) -> Self {
+    pub(super) fn new(room: usize) -> Self {
         let controller = ControllerInfo {
             max_transfer: Some(4096),
             ..controller()
         };
         Self {
+            ring: 0,
+            opened: 0,
             limits: Limits::new(&controller, &namespace(512, 1 << 20)),
             storage: Storage::new(8),
-            inflight: Inflight::new(0, 4),
+            inflight: Inflight::new(4),
             fences: Fences::default(),
             queue: Queue::with_room(room),
         }
     }
 
-    fn open(&mut self, guest: u32, operation: Operation) {
+    /// The name of the next request.
+    pub(super) fn owner(&mut self) -> Owner {
+        self.opened += 1;
+        Owner {
+            ring: self.ring,
+            request: self.opened,
+        }
+    }
+
+    pub(super) fn open(&mut self, guest: u32, operation: Operation) {
+        let owner = self.owner();
         self.inflight
-            .open(guest, operation, &self.limits)
+            .open(guest, owner, operation, &self.limits)
             .expect("there is room");
     }
 
-    fn issue(&mut self) -> Option<RejectedReason> {
+    pub(super) fn issue(&mut self) -> Option<RejectedReason> {
         let Self {
             limits,
             storage,
             inflight,
             fences,
             queue,
+            ..
         } = self;
         let mut outlet = To { queue, limits };
         inflight.issue(limits, fences, storage, &mut outlet)
@@ -133,12 +148,12 @@ impl Rig {
         self.inflight.release(only(0), &self.limits);
     }
 
-    fn complete(&mut self, status: Status) {
+    pub(super) fn complete(&mut self, status: Status) {
         let completion = self.queue.complete(status);
         assert!(self.settle(completion, Fate::Known));
     }
 
-    fn settle(&mut self, completion: Completion, fate: Fate) -> bool {
+    pub(super) fn settle(&mut self, completion: Completion, fate: Fate) -> bool {
         self.inflight
             .settle(0, completion, fate, &self.limits, &mut self.storage)
     }
@@ -152,14 +167,14 @@ impl Rig {
         self.inflight.take_unknown(0)
     }
 
-    fn done(&mut self) -> Option<(u32, Outcome)> {
+    pub(super) fn done(&mut self) -> Option<(u32, Outcome)> {
         let finished = self.inflight.take_done()?;
         Some((finished.guest, finished.outcome))
     }
 }
 
 /// A write of guest memory; statics stand in for the guest's.
-fn write(sector: u64, len: usize) -> Operation {
+pub(super) fn write(sector: u64, len: usize) -> Operation {
     Operation::Write {
         sector,
         source: MemSource::zeroes(len, Vec::new()),
@@ -263,7 +278,8 @@ fn a_full_table_gives_the_request_back() {
         rig.open(guest, Operation::Flush);
     }
     assert_eq!(rig.inflight.room(), 0);
-    let back = rig.inflight.open(9, Operation::Flush, &rig.limits);
+    let owner = rig.owner();
+    let back = rig.inflight.open(9, owner, Operation::Flush, &rig.limits);
     assert!(matches!(back, Err((9, Operation::Flush))));
     rig.issue();
     rig.complete(Status::SUCCESS);
@@ -356,7 +372,7 @@ fn a_request_of_which_a_part_was_lost_begins_anew_and_all_of_it_is_fenced() {
     rig.issue();
     let left = rig.lose();
     let stranger = Owner {
-        lane: 1,
+        ring: 1,
         request: 1,
     };
     assert!(left.fences.forbid(stranger, &(0..1)) && left.fences.forbid(stranger, &(31..32)));
@@ -502,7 +518,7 @@ struct Disk {
 impl Disk {
     fn new() -> Self {
         let mut lanes = [Rig::new(3), Rig::new(3)];
-        lanes[1].inflight = Inflight::new(1, 4);
+        lanes[1].ring = 1;
         Self {
             lanes,
             fences: Fences::default(),

@@ -8,6 +8,7 @@
 //! - [`transfer`]: the memory of a command, lent by the request and given back.
 //! - [`inflight`]: requests whose commands are outstanding.
 //! - [`fence`]: block ranges that a lost association may still write to.
+//! - [`record`]: what the next life of a disk has to know, as bytes.
 //! - [`path_choice`]: which path the next command takes.
 //! - [`retry`]: whether a command that failed is worth another attempt.
 //! - [`status`]: what a command's status means to the guest and to the log.
@@ -16,6 +17,7 @@ pub(crate) mod fence;
 pub(crate) mod geometry;
 pub(crate) mod inflight;
 pub(crate) mod path_choice;
+pub(crate) mod record;
 pub(crate) mod retry;
 pub(crate) mod status;
 pub(crate) mod transfer;

@@ -66,18 +66,21 @@ pub(crate) enum IoPolicy {
 
 /// Some of a disk's paths, by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct PathSet(u16);
+pub(crate) struct PathSet(u32);
 
-const _: () = assert!(MAX_PATHS <= u16::BITS as usize);
+/// Stands for all paths of an earlier life, which this process never had: a number beyond those of its own.
+pub(crate) const EARLIER_LIFE: usize = MAX_PATHS;
+
+const _: () = assert!(EARLIER_LIFE < u32::BITS as usize);
 
 impl PathSet {
     /// None.
     pub(crate) const EMPTY: Self = Self(0);
 
-    fn bit(path: usize) -> u16 {
+    fn bit(path: usize) -> u32 {
         u32::try_from(path)
             .ok()
-            .and_then(|path| 1u16.checked_shl(path))
+            .and_then(|path| 1u32.checked_shl(path))
             .unwrap_or(0)
     }
 

@@ -157,8 +157,8 @@ impl Disk {
             max_transfer: Some(1024),
             ..controller()
         };
-        let lane = |index| Lane {
-            inflight: Inflight::new(index, 6),
+        let lane = || Lane {
+            inflight: Inflight::new(6),
             storage: Storage::new(8),
             fences: Fences::default(),
             held: Default::default(),
@@ -168,7 +168,7 @@ impl Disk {
         };
         Self {
             limits: Limits::new(&controller, &namespace(512, 1 << 20)),
-            lanes: [lane(0), lane(1)],
+            lanes: [lane(), lane()],
             content: [None; BLOCKS],
             requests: Vec::new(),
             ghosts: Vec::new(),
@@ -340,9 +340,13 @@ impl Disk {
                 };
                 let request = self.requests.len();
                 let Self { lanes, limits, .. } = self;
+                let owner = Owner {
+                    ring: lane as u16,
+                    request: request as u64,
+                };
                 if lanes[lane]
                     .inflight
-                    .open(request, operation, limits)
+                    .open(request, owner, operation, limits)
                     .is_ok()
                 {
                     self.requests.push(Asked {

@@ -1,5 +1,6 @@
 //! What the daemon is to do, checked: a value of these types can be acted on as it is.
 
+pub(crate) mod drain;
 pub(crate) mod fabrics_conf;
 pub(crate) mod fault;
 pub(crate) mod identity;
@@ -29,6 +30,7 @@ use crate::cli::{AttachArgs, ExportArgs, ServeArgs};
 use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
 use crate::reconnect::way_back::Patience;
 use crate::worker::throttle::Rates;
+pub(crate) use drain::{Drain, DrainPolicy};
 pub(crate) use identity::{HostIdentity, Machine};
 pub(crate) use ids::Serial;
 pub(crate) use locator::Locator;
@@ -51,8 +53,8 @@ pub(crate) struct AttachConfig {
     pub(crate) rates: Rates,
     /// How long a lane looks for work before it sleeps, at most.
     pub(crate) poll_max: Duration,
-    /// How long a ring that stops may wait for a controller that is lost.
-    pub(crate) drain: Duration,
+    /// How rings stop.
+    pub(crate) drain: Drain,
     /// How long to wait for a controller that is lost.
     pub(crate) patience: Patience,
     /// A path on which a command has no answer for so long is lost; zero waits for ever.
@@ -177,7 +179,11 @@ impl AttachConfig {
             read_only: args.disk.read_only,
             rates: args.disk.rates.rates(),
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
-            drain: Duration::from_secs(args.drain_tmo.into()),
+            drain: Drain {
+                timeout: Duration::from_secs(args.drain_timeout.into()),
+                policy: args.drain_policy,
+                may_end_paths: true,
+            },
             patience: Patience {
                 reconnect_delay: Duration::from_secs(args.reconnect_delay.into()),
                 ctrl_loss: limited(args.ctrl_loss_tmo),

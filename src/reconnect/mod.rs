@@ -8,6 +8,8 @@
 
 pub(crate) mod backoff;
 pub(crate) mod crowd;
+pub(crate) mod earlier;
+mod moving;
 mod path;
 pub(crate) mod state;
 pub(crate) mod verify;
@@ -21,15 +23,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use self::earlier::{Earlier, SessionNews};
 use self::path::{Path, Reason};
 use self::state::Event;
-use self::way_back::{Found, NotBack, SHUTDOWN, WayBack, access_of};
+use self::way_back::{Found, NotBack, WayBack, access_of};
 use crate::bridge::fence::Fences;
 use crate::bridge::path_choice::{Access, PathSet};
 use crate::bridge::translate::Limits;
 use crate::limits::MAX_PATHS;
 use crate::namespace_events::NamespaceEvents;
 use crate::worker::mailbox::{LaneMessage, Mailbox, PairLost, Resume};
+use crate::worker::placement::Placement;
 
 /// How long to wait before a log of access states is read again that could not be read.
 const READ_AGAIN: Duration = Duration::from_secs(1);
@@ -45,8 +49,15 @@ pub(crate) struct PathsSetup {
     pub(crate) namespace: NamespaceEvents,
     /// The keep-alive time-out that was asked for.
     pub(crate) keep_alive: Duration,
-    /// All lanes of the disk.
-    pub(crate) lanes: Vec<Mailbox>,
+    /// All lanes of the disk, and which rings they have.
+    pub(crate) placement: Arc<Placement>,
+    /// What the front-end's session tells.
+    pub(crate) session: mpsc::Receiver<SessionNews>,
+    /// Lanes tell that requests of an earlier life have come to them.
+    pub(crate) recovered: mpsc::Receiver<()>,
+    /// How long storage in this machine goes on with what a process had begun that is gone; `None` for a
+    /// controller elsewhere.
+    pub(crate) local_quiet: Option<Duration>,
     /// What the lanes tell of queue pairs.
     pub(crate) losses: mpsc::Receiver<PairLost>,
     /// The associations whose controllers said that access has changed, as the lanes tell.
@@ -73,6 +84,11 @@ pub(crate) struct Paths {
     namespace: NamespaceEvents,
     keep_alive: Duration,
     lanes: Vec<Mailbox>,
+    placement: Arc<Placement>,
+    /// The lanes that have rings, as was said last, and whether they are being moved.
+    usable: usize,
+    moving: bool,
+    earlier: Earlier,
     losses: mpsc::Receiver<PairLost>,
     changes: mpsc::Receiver<u64>,
     /// What runs beside.
@@ -102,6 +118,8 @@ enum News {
     Access(u64, Result<AnaLog, HostError>),
     /// All lanes have no command outstanding that the fences of this round forbid.
     Fenced(u64),
+    /// So many rings run on other lanes now.
+    Moved(usize),
     /// There is nothing more to come.
     Nothing,
 }
@@ -114,13 +132,17 @@ impl Paths {
             first,
             namespace,
             keep_alive,
-            lanes,
+            placement,
+            session,
+            recovered,
+            local_quiet,
             losses,
             changes,
             way_back,
             others,
             new_paths,
         } = setup;
+        let lanes = placement.lanes().to_vec();
         let mut primary = Path::new(name.clone(), way_back);
         // The disk was there before, if not in this process.
         primary.outage.lost = true;
@@ -133,7 +155,11 @@ impl Paths {
             associations: 0,
             namespace,
             keep_alive,
+            usable: lanes.len(),
+            moving: false,
             lanes,
+            placement,
+            earlier: Earlier::new(session, recovered, local_quiet),
             losses,
             changes,
             tasks: JoinSet::new(),
@@ -189,6 +215,7 @@ impl Paths {
                 }
                 Some(pair) = self.losses.recv() => self.lost_pair(&pair).await,
                 Some(target) = self.new_paths.recv() => self.add(target),
+                news = self.earlier.next() => self.session_news(news).await,
                 Some(number) = self.changes.recv() => self.read_access(number, Duration::ZERO),
                 () = until(next) => {
                     self.expire().await;
@@ -227,19 +254,8 @@ impl Paths {
                 }
             }
             News::Verified(index, Ok((association, found))) => {
-                match self.too_few(&association, &found) {
-                    None => {
-                        self.enter(index, Event::Verified);
-                        self.resume(index, association, found).await;
-                    }
-                    Some(error) => {
-                        drop(found);
-                        self.tasks.spawn(async move {
-                            association.shutdown(SHUTDOWN).await;
-                            News::Verified(index, Err(error))
-                        });
-                    }
-                }
+                self.enter(index, Event::Verified);
+                self.resume(index, association, found).await;
             }
             News::Lost(lost) => {
                 if let Some(index) = self.path_of(lost.association) {
@@ -249,6 +265,7 @@ impl Paths {
             News::Reported(number, event, events) => self.reported(number, &event, events),
             News::Access(number, log) => self.access_read(number, log).await,
             News::Fenced(round) => self.fenced(round).await,
+            News::Moved(moved) => self.moved(moved),
             News::Nothing => {}
         }
     }
@@ -281,23 +298,7 @@ impl Paths {
         path.enter(Event::Lost);
         let quiet_after = path.lose(cause, self.keep_alive);
         let number = path.number;
-        self.round += 1;
-        self.unreleased.insert(index);
-        let mut answers = Vec::with_capacity(self.lanes.len());
-        for lane in &self.lanes {
-            let (done, answer) = oneshot::channel();
-            lane.send(LaneMessage::Lose { path: index, done }).await;
-            answers.push(answer);
-        }
-        let mut unanswered = 0;
-        let mut fences = Fences::default();
-        for answer in answers {
-            // Without an answer the lane is gone, and the guest's requests with it.
-            if let Ok(unknown) = answer.await {
-                unanswered += unknown.requests;
-                fences.add_all(&unknown.fences, number, u64::MAX);
-            }
-        }
+        let (unanswered, fences) = self.collect(index, number).await;
         // Now is later than the last command; what its milliseconds are short of is made up for.
         let deadline = self
             .now()
@@ -315,10 +316,35 @@ impl Paths {
             path.enter(Event::NoWayBack);
             path.failing = vec![(Instant::now(), Reason::Never)];
         }
+        self.spread();
+    }
+
+    /// Has every lane end its queue pair of a path. Gives how many requests were not answered, and what they may
+    /// still write.
+    async fn collect(&mut self, index: usize, number: u64) -> (u64, Fences) {
+        self.round += 1;
+        self.unreleased.insert(index);
+        let mut answers = Vec::with_capacity(self.lanes.len());
+        for lane in &self.lanes {
+            let (done, answer) = oneshot::channel();
+            lane.send(LaneMessage::Lose { path: index, done }).await;
+            answers.push(answer);
+        }
+        let mut unanswered = 0;
+        let mut fences = Fences::default();
+        for answer in answers {
+            // Without an answer the lane is gone, and the guest's requests with it.
+            if let Ok(unknown) = answer.await {
+                unanswered += unknown.requests;
+                fences.add_all(&unknown.fences, number, u64::MAX);
+            }
+        }
+        (unanswered, fences)
     }
 
     /// Gives every lane all fences, and learns when nothing is outstanding any more that they forbid.
     async fn fence(&mut self) {
+        self.save();
         let fences = Arc::new(self.fences.clone());
         let mut answers = Vec::with_capacity(self.lanes.len());
         for lane in &self.lanes {
@@ -380,18 +406,6 @@ impl Paths {
         }
     }
 
-    /// With this path alone, some lanes would have none.
-    fn too_few(&self, association: &Association, found: &Found) -> Option<NotBack> {
-        let (granted, lanes) = (found.pairs.len(), self.lanes.len());
-        let covered = |path: &Path| path.association.is_some() && path.for_all_lanes;
-        let enough = granted >= lanes || self.paths.iter().any(covered);
-        (!enough).then(|| NotBack::TooFewQueues {
-            at: association.controller().address,
-            granted,
-            lanes,
-        })
-    }
-
     fn way_back(&self, index: usize) -> Option<WayBack> {
         self.paths.get(index)?.way_back.clone()
     }
@@ -423,13 +437,15 @@ impl Paths {
                 controller = %controller.address,
                 io_queues = pairs.len(),
                 lanes = self.lanes.len(),
-                "the controller grants fewer I/O queues than the disk has lanes: some lanes do without this path"
+                "the controller grants fewer I/O queues than the disk has lanes: the others do without this path"
             );
         }
         if let Some(path) = self.paths.get_mut(index) {
             path.resume(association, number, namespace.nsid);
-            path.for_all_lanes = pairs.len() >= self.lanes.len();
+            path.pairs = pairs.len();
         }
+        // Before anything is sent.
+        self.save();
         for (lane, pair) in self.lanes.iter().zip(pairs) {
             let resume = Resume {
                 path: index,
@@ -449,6 +465,7 @@ impl Paths {
         }
         self.set_access(index, access).await;
         self.enter(index, Event::Resumed);
+        self.spread();
         if connected_later && let Some(path) = self.paths.get(index) {
             path.tell_resumed(fences.len());
         }
@@ -613,6 +630,7 @@ impl Paths {
                 left = self.fences.len(),
                 "fences have expired"
             );
+            self.save();
             let fences = Arc::new(self.fences.clone());
             self.tell(|| LaneMessage::Fences {
                 fences: Arc::clone(&fences),

@@ -13,7 +13,7 @@ use crate::bridge::path_choice::Access;
 
 /// How long a write of unknown fate is feared where nothing bounds it: without keep-alive, a controller need not
 /// notice that its host is gone.
-const FEAR: Duration = Duration::from_secs(120);
+pub(super) const FEAR: Duration = Duration::from_secs(120);
 
 /// Why held requests fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,8 +48,8 @@ pub(super) struct Path {
     pub(super) number: u64,
     /// What the namespace is called there.
     pub(super) nsid: u32,
-    /// Every lane has a queue pair there.
-    pub(super) for_all_lanes: bool,
+    /// Lanes that have a queue pair there: the first ones.
+    pub(super) pairs: usize,
     /// What the path is good for.
     pub(super) access: Access,
     /// When its controller must be through with a change of that.
@@ -77,7 +77,7 @@ impl Path {
             association: None,
             number: 0,
             nsid: 0,
-            for_all_lanes: false,
+            pairs: 0,
             access: Access::Optimized,
             change_ends: None,
             outage: Outage {
@@ -138,6 +138,12 @@ impl Path {
         self.failing = patience.map_or(Vec::new(), |patience| failing(since, patience));
         self.failed = None;
         self.quiet_after(controller, keep_alive)
+    }
+
+    /// How long the association that there is may still write when it is lost.
+    pub(super) fn quiet(&self, keep_alive: Duration) -> Option<Duration> {
+        let controller = self.association.as_ref()?.controller();
+        Some(controller.liveness.quiet_after(keep_alive).unwrap_or(FEAR))
     }
 
     /// How long a lost association may still write.

@@ -54,19 +54,6 @@ pub(crate) enum NotBack {
         /// What is different.
         reason: NotTheSame,
     },
-    /// Some lanes would have no path at all.
-    #[error(
-        "the controller at {at} grants {granted} I/O queues now; the disk has {lanes} lanes, and no other path that has \
-         a queue for each"
-    )]
-    TooFewQueues {
-        /// Its address.
-        at: std::net::SocketAddr,
-        /// I/O queues that there are.
-        granted: usize,
-        /// I/O queues that there have to be.
-        lanes: usize,
-    },
     /// Nothing says that it is the same by another path.
     #[error(
         "the namespace has no UUID, NGUID or EUI-64, so nothing tells whether the controller at {at} has the same; \

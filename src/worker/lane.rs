@@ -6,6 +6,7 @@
 //! no clock for it.
 
 mod held;
+mod leaving;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use super::mailbox::{LaneMessage, PairLost};
 use super::paths::Paths;
 use super::patience::Patience;
 use super::throttle::{Gate, Throttle};
-use crate::bridge::fence::Fences;
+use crate::bridge::fence::{Fences, Owner};
 use crate::bridge::inflight::{Fate, Finished, Inflight};
 use crate::bridge::path_choice::IoPolicy;
 use crate::bridge::status::FailureLog;
@@ -58,12 +59,16 @@ struct Guest {
 struct Ring {
     index: usize,
     queue: Box<Queue>,
+    /// Somebody may have sent already what was in flight before it came here.
+    already: bool,
     /// There may be requests to take.
     scan: bool,
     /// It was scanned to its end and the driver was not asked to kick since.
     dry: bool,
     /// It is to be given back when it has nothing in flight.
     stopping: Option<oneshot::Sender<Option<Box<Queue>>>>,
+    /// What is not answered then is left in flight.
+    leaving: bool,
     /// It is late with that.
     late: bool,
     /// Acknowledged after the next scan.
@@ -92,8 +97,8 @@ pub(crate) struct DeviceLane {
     ended: bool,
     /// Requests that the next turn takes from one ring, where a path answers within its flush.
     batch: usize,
-    /// Requests that can be in flight.
-    slots: usize,
+    /// Where it is told that requests of an earlier life are here.
+    recovered: mpsc::Sender<()>,
     /// What the times of requests are counted from that are attempted again later.
     epoch: Instant,
     /// Turns without a look at the clock for what is overdue.
@@ -106,8 +111,6 @@ pub(crate) struct DeviceLane {
 pub(crate) struct LaneSetup {
     /// The disk, for the log.
     pub(crate) name: String,
-    /// Its number in the disk.
-    pub(crate) index: u16,
     /// The namespace, and what the controller takes that it was first found at.
     pub(crate) limits: Limits,
     /// How commands are spread over paths.
@@ -116,6 +119,8 @@ pub(crate) struct LaneSetup {
     pub(crate) losses: mpsc::Sender<PairLost>,
     /// Where it is told which associations' controllers say that access has changed.
     pub(crate) changes: mpsc::Sender<u64>,
+    /// Where it is told that requests of an earlier life are here.
+    pub(crate) recovered: mpsc::Sender<()>,
     /// A path on which a command has no answer for so long is ended; zero waits for ever.
     pub(crate) io_timeout: Duration,
     /// The lane's end of its mailbox.
@@ -135,11 +140,11 @@ impl DeviceLane {
     pub(crate) fn new(setup: LaneSetup) -> Self {
         let LaneSetup {
             name,
-            index,
             limits,
             policy,
             losses,
             changes,
+            recovered,
             io_timeout,
             mail,
             counters,
@@ -155,7 +160,7 @@ impl DeviceLane {
             fences: Arc::default(),
             fenced: None,
             rings: Vec::new(),
-            inflight: Inflight::new(index, slots),
+            inflight: Inflight::new(slots),
             gate: throttle.map(|throttle| Gate::new(throttle, slots)),
             storage: Storage::new(slots),
             failures: FailureLog::default(),
@@ -163,7 +168,7 @@ impl DeviceLane {
             generation: 0,
             ended: false,
             batch: 1,
-            slots,
+            recovered,
             epoch: Instant::now(),
             unwatched: 0,
             patience: Patience::new(poll_max),
@@ -173,18 +178,26 @@ impl DeviceLane {
 
     fn receive(&mut self, message: LaneMessage) {
         match message {
-            LaneMessage::Start { index, queue, done } => {
+            LaneMessage::Start {
+                index,
+                queue,
+                already,
+                done,
+            } => {
                 self.rings.retain(|ring| ring.index != index);
                 self.rings.push(Ring {
                     index,
                     queue,
+                    already,
                     scan: true,
                     dry: false,
                     stopping: None,
+                    leaving: false,
                     late: false,
                     started: Some(done),
                 });
                 self.generation += 1;
+                self.take_recovered();
             }
             LaneMessage::Update {
                 index,
@@ -206,12 +219,9 @@ impl DeviceLane {
                     None => drop(done.send(None)),
                 }
             }
-            LaneMessage::Hurry { index } => {
-                let ring = self.rings.iter_mut().find(|ring| ring.index == index);
-                if let Some(ring) = ring.filter(|ring| ring.stopping.is_some()) {
-                    ring.late = true;
-                }
-            }
+            LaneMessage::Suspend { index, done } => self.suspend(index, done),
+            LaneMessage::Leave { index } => self.leave(index),
+            LaneMessage::Hurry { index } => self.hurry(index),
             LaneMessage::Lose { path, done } => self.paths.lose(path, done),
             LaneMessage::Resume(resume) => {
                 self.failing = false;
@@ -243,7 +253,7 @@ impl DeviceLane {
     fn end(&mut self) {
         self.publish_counters();
         self.paths.clear();
-        self.inflight = Inflight::new(0, 1);
+        self.inflight = Inflight::new(1);
         self.gate = None;
         self.rings.clear();
         self.generation += 1;
@@ -382,6 +392,7 @@ impl DeviceLane {
             let Self { rings, storage, .. } = self;
             let ring = &mut rings[at];
             match ring.queue.take(&mut || storage.list()) {
+                Ok(Some(request)) if request.recovered => self.open_recovered(at, request),
                 Ok(Some(request)) => {
                     bytes += self.admit(at, request);
                 }
@@ -402,6 +413,7 @@ impl DeviceLane {
 
     /// Begins a request. Returns the bytes that it moves.
     fn begin(&mut self, ring: usize, request: Request) -> u64 {
+        let owner = owner(ring, request.id);
         let Request {
             token, operation, ..
         } = request;
@@ -411,7 +423,7 @@ impl DeviceLane {
             Operation::Flush | Operation::Discard(_) | Operation::WriteZeroes { .. } => 0,
         };
         let guest = Guest { ring, token, bytes };
-        match self.inflight.open(guest, operation, &self.limits) {
+        match self.inflight.open(guest, owner, operation, &self.limits) {
             Ok(()) => self.issue(),
             // There was room before the request was taken.
             Err((guest, operation)) => {
@@ -484,9 +496,12 @@ impl DeviceLane {
     }
 
     fn give_back(&mut self) {
+        // What a queue pair leaves is told before the rings whose requests it had are elsewhere.
+        let any_ends = self.paths.any_ends();
         for at in (0..self.rings.len()).rev() {
             let ring = &self.rings[at];
-            if ring.stopping.is_some() && ring.queue.in_flight() == 0 {
+            let waits = ring.leaving && any_ends;
+            if ring.stopping.is_some() && ring.queue.in_flight() == 0 && !waits {
                 let ring = self.rings.swap_remove(at);
                 self.generation += 1;
                 if let Some(done) = ring.stopping {
@@ -518,7 +533,8 @@ impl DeviceLane {
 
     /// Nothing is in flight, and nothing waits for the disk's limits.
     fn is_idle(&self) -> bool {
-        self.inflight.room() == self.slots && self.gate.as_ref().is_none_or(Gate::is_empty)
+        self.inflight.room() == self.inflight.capacity()
+            && self.gate.as_ref().is_none_or(Gate::is_empty)
     }
 
     /// Has requests begin anew whose time has come, and ends paths with commands that are overdue. Where nothing
@@ -546,6 +562,15 @@ impl DeviceLane {
         self.rings
             .iter_mut()
             .filter(|ring| ring.queue.kick_fd().is_some())
+    }
+}
+
+/// Names a request in the whole disk, by its ring and its number.
+fn owner(ring: usize, request: u64) -> Owner {
+    Owner {
+        // There are no more rings than that.
+        ring: u16::try_from(ring).unwrap_or(u16::MAX),
+        request,
     }
 }
 
@@ -624,6 +649,7 @@ impl Lane for DeviceLane {
         again |= self.settle_at_once();
         self.drop_lost_paths();
         again |= self.give_up();
+        self.leave_requests();
         self.finish();
         self.flush_rings();
         // The first answer after a pause wakes the guest's driver, so it should come soon.

@@ -19,6 +19,8 @@ pub(crate) enum LaneMessage {
         index: usize,
         /// The ring.
         queue: Box<Queue>,
+        /// Somebody may have sent already what it has in flight from an earlier life.
+        already: bool,
         /// Answered when it was scanned for the first time.
         done: oneshot::Sender<()>,
     },
@@ -38,8 +40,21 @@ pub(crate) enum LaneMessage {
         /// Gets the ring; `None` when the lane does not have it.
         done: oneshot::Sender<Option<Box<Queue>>>,
     },
-    /// A ring that was to be given back is late: what it waits for without a queue pair, or behind a fence,
-    /// fails.
+    /// A ring to give back as soon as nothing works on its requests: those that are not answered until then stay
+    /// in flight.
+    Suspend {
+        /// Its number in the device.
+        index: usize,
+        /// Gets the ring; `None` when the lane does not have it.
+        done: oneshot::Sender<Option<Box<Queue>>>,
+    },
+    /// A ring that was to be given back is late: leave what is not answered in flight.
+    Leave {
+        /// Its number in the device.
+        index: usize,
+    },
+    /// A ring that was to be given back is late. What it waits for without a queue pair, or behind a fence, fails;
+    /// of a ring that leaves its requests in flight, the queue pairs end that still have some.
     Hurry {
         /// Its number in the device.
         index: usize,

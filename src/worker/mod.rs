@@ -5,6 +5,7 @@ pub(crate) mod mailbox;
 mod overdue;
 mod paths;
 mod patience;
+pub(crate) mod placement;
 pub(crate) mod rate;
 pub(crate) mod throttle;
 

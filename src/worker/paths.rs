@@ -224,6 +224,16 @@ impl Paths {
         }
     }
 
+    /// Ends paths on which anything is outstanding, for the sake of a ring that must not wait.
+    pub(super) fn end_busy(&mut self, cause: &str) {
+        for live in &mut self.live {
+            if live.pair.ending().is_none() && live.pair.outstanding() > 0 {
+                live.cause = Some(cause.to_owned());
+                live.pair.end();
+            }
+        }
+    }
+
     /// Begins to look for them with the first command that is outstanding.
     pub(super) fn watch_overdue(&mut self, clock: impl FnOnce() -> Instant) {
         if self.quarters.stands_still() && self.any_outstanding() {

@@ -79,6 +79,15 @@ pub(crate) struct FrontEnd {
 /// Connects and negotiates as VMMs do, up to the features of the device. No answer may take longer
 /// than the tests' patience.
 pub(crate) fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
+    negotiate_with(socket, without, VhostUserProtocolFeatures::empty())
+}
+
+/// The same, with more protocol features.
+pub(crate) fn negotiate_with(
+    socket: &Path,
+    without: u64,
+    more: VhostUserProtocolFeatures,
+) -> (Frontend, u64) {
     let stream = UnixStream::connect(socket).expect("somebody listens");
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
@@ -94,7 +103,8 @@ pub(crate) fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::RESET_DEVICE;
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | more;
     frontend
         .set_protocol_features(protocol & wanted)
         .expect("SET_PROTOCOL_FEATURES");

@@ -9,6 +9,7 @@
 mod daemons;
 mod driver;
 mod front_end;
+mod keeper;
 mod memory;
 mod networks;
 mod noise;
@@ -29,6 +30,7 @@ mod faults;
 mod finding;
 mod growth;
 mod hotplug;
+mod inflight;
 mod links;
 mod local;
 mod malformed;

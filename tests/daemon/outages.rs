@@ -366,7 +366,7 @@ fn many_requests_fail_at_once_when_nothing_is_held() {
 #[test]
 fn a_front_end_that_comes_while_the_controller_is_away_is_served_as_soon_as_it_is_back() {
     let mut target = Target::start(8 << 20);
-    let mut attach = target.attach(&["--drain-tmo", "1"]);
+    let mut attach = target.attach(&["--drain-timeout", "1"]);
     let mut guest = FrontEnd::connect(&attach.socket);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     target.kill();
@@ -414,7 +414,7 @@ fn a_signal_ends_attach_in_time_while_the_controller_is_away_and_requests_are_he
 #[test]
 fn a_ring_that_is_stopped_while_the_controller_is_away_fails_what_it_has_after_a_time() {
     let mut target = Target::start(8 << 20);
-    let attach = target.attach(&["--drain-tmo", "1"]);
+    let attach = target.attach(&["--drain-timeout", "1"]);
     let mut guest = FrontEnd::connect(&attach.socket);
     assert_eq!(guest.write(0, 0, &[1; 512]), OK);
     target.kill();

@@ -217,6 +217,11 @@ impl Ring {
         self.kick.write(1).expect("a kick");
     }
 
+    /// The available index as it is now.
+    pub(crate) fn available(&self) -> u16 {
+        self.published
+    }
+
     /// The used index as it is now.
     pub(crate) fn used_idx(&self) -> u16 {
         self.memory.load(self.used_at() + 2)

@@ -291,7 +291,7 @@ fn sigterm_does_not_wait_for_limits() {
 #[test]
 fn what_waits_for_limits_fails_with_a_ring_that_stops_while_the_controller_is_away() {
     let mut export = Export::start(&["ram:8M"]);
-    let args = ["--read-iops=1", "--iops-burst=1", "--drain-tmo=1"];
+    let args = ["--read-iops=1", "--iops-burst=1", "--drain-timeout=1"];
     let attach = Attach::start_with(&args, export.uri());
     let mut guest = FrontEnd::connect(&attach.socket);
     offer_reads(&mut guest, 20);

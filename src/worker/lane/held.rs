@@ -64,15 +64,12 @@ impl DeviceLane {
             let held = gate
                 .as_mut()
                 .and_then(|gate| gate.release(|&(ring, _)| late(ring)));
-            let Some((
-                ring,
-                Request {
-                    token, operation, ..
-                },
-            )) = held
-            else {
+            let Some((ring, request)) = held else {
                 return;
             };
+            let Request {
+                token, operation, ..
+            } = request;
             self.counters.requests.add(1);
             self.counters.errors.add(1);
             self.failures.note(&self.name, outcome);

@@ -1,0 +1,152 @@
+//! The rings of a disk as its front-end's session sees them: handed to lanes, changed there, and taken back, in time.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+use vhost_user_blk::{Queue, QueueUpdate, Rings, Tail};
+
+use crate::config::{Drain, DrainPolicy};
+use crate::reconnect::earlier::SessionNews;
+use crate::worker::mailbox::LaneMessage;
+use crate::worker::placement::Placement;
+
+/// How long a ring that is suspended may wait for commands that are under way. A controller that is well has answered
+/// them long before; without an answer, what they may still write is fenced.
+const GRACE: Duration = Duration::from_millis(200);
+
+/// See the module.
+pub(crate) struct LaneRings {
+    placement: Arc<Placement>,
+    session: mpsc::Sender<SessionNews>,
+    drain: Drain,
+    /// Where time passes.
+    control: Handle,
+    running: AtomicUsize,
+    /// The front-end keeps the region of requests in flight.
+    kept: std::sync::atomic::AtomicBool,
+}
+
+impl LaneRings {
+    /// None runs yet. Called in the control plane's runtime.
+    pub(crate) fn new(
+        placement: Arc<Placement>,
+        session: mpsc::Sender<SessionNews>,
+        drain: Drain,
+    ) -> Self {
+        Self {
+            placement,
+            session,
+            drain,
+            control: Handle::current(),
+            running: AtomicUsize::new(0),
+            kept: std::sync::atomic::AtomicBool::new(false),
+        }
+    }
+
+    /// Tells the control plane, and waits for its answer; `None` when it has ended.
+    fn tell<T>(&self, news: impl FnOnce(oneshot::Sender<T>) -> SessionNews) -> Option<T> {
+        let (done, answer) = oneshot::channel();
+        self.session.blocking_send(news(done)).ok()?;
+        answer.blocking_recv().ok()
+    }
+
+    /// Sends messages to the lane that has a ring, each after a pause. A ring may be moved meanwhile, so all are told;
+    /// the others do not know it.
+    fn later(
+        &self,
+        index: usize,
+        steps: Vec<(Duration, fn(usize) -> LaneMessage)>,
+    ) -> JoinHandle<()> {
+        let placement = Arc::clone(&self.placement);
+        self.control.spawn(async move {
+            for (pause, message) in steps {
+                sleep(pause).await;
+                for lane in placement.lanes() {
+                    lane.send(message(index)).await;
+                }
+            }
+        })
+    }
+
+    /// Notes that a ring is back.
+    fn stopped(&self) {
+        let before = self.running.fetch_sub(1, Ordering::AcqRel);
+        self.tell(|done| SessionNews::Stopped {
+            running: before > 1,
+            done,
+        });
+    }
+}
+
+fn hurry(index: usize) -> LaneMessage {
+    LaneMessage::Hurry { index }
+}
+
+fn leave(index: usize) -> LaneMessage {
+    LaneMessage::Leave { index }
+}
+
+impl Rings for LaneRings {
+    fn start(&self, index: usize, queue: Queue) {
+        self.running.fetch_add(1, Ordering::AcqRel);
+        self.tell(|done| SessionNews::Start {
+            ring: index,
+            anew: queue.recovering() == 0,
+            done,
+        });
+        self.placement.start(index, queue);
+    }
+
+    fn update(&self, index: usize, update: QueueUpdate) {
+        self.placement.update(index, update);
+    }
+
+    fn stop(&self, index: usize) -> Option<Queue> {
+        // The front-end waits for this, and so does the next one.
+        let leaves = self.drain.policy == DrainPolicy::Leave && self.kept.load(Ordering::Relaxed);
+        let mut steps: Vec<(Duration, fn(usize) -> LaneMessage)> = Vec::new();
+        match leaves {
+            false => steps.push((self.drain.timeout, hurry)),
+            true => steps.push((self.drain.timeout, leave)),
+        }
+        if leaves && self.drain.may_end_paths {
+            steps.push((GRACE, hurry));
+        }
+        let later = self.later(index, steps);
+        let queue = self.placement.stop(index);
+        later.abort();
+        self.stopped();
+        queue
+    }
+
+    fn suspend(&self, index: usize) -> Option<Queue> {
+        // Storage of this machine is waited for: there would be no way back to it.
+        let steps: Vec<(Duration, fn(usize) -> LaneMessage)> = match self.drain.may_end_paths {
+            true => vec![(GRACE, hurry)],
+            false => Vec::new(),
+        };
+        let later = self.later(index, steps);
+        let queue = self.placement.suspend(index);
+        later.abort();
+        self.stopped();
+        queue
+    }
+
+    fn region(&self, tail: Option<Tail>) {
+        let kept = tail.as_ref().is_some_and(Tail::kept);
+        self.kept.store(kept, Ordering::Relaxed);
+        match tail {
+            // Nobody has sent anything if nobody is there to know.
+            Some(tail) => {
+                let already = self.tell(|done| SessionNews::Region { tail, done });
+                self.placement.begin(already.unwrap_or(true));
+            }
+            None => drop(self.tell(|done| SessionNews::Over { done })),
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! A VMM that keeps guest memory, rings and the region of requests in flight while daemons come and go.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+
+use crate::front_end::{FrontEnd, Setup, feature, negotiate_with};
+use crate::memory::Memory;
+use crate::ring::{RING_BYTES, Ring};
+
+pub(crate) const KEEP: VhostUserProtocolFeatures = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+/// GET_VRING_BASE leaves requests in flight.
+pub(crate) const SUSPEND: VhostUserProtocolFeatures = VhostUserProtocolFeatures::INFLIGHT_SHMFD
+    .union(VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT);
+
+/// See the module.
+pub(crate) struct Keeper {
+    pub(crate) guest: FrontEnd,
+    setup: Setup,
+    protocol: VhostUserProtocolFeatures,
+    shape: VhostUserInflight,
+    file: File,
+}
+
+impl Keeper {
+    /// With a new region.
+    #[track_caller]
+    pub(crate) fn connect(
+        socket: &Path,
+        setup: Setup,
+        protocol: VhostUserProtocolFeatures,
+    ) -> Self {
+        let (mut frontend, features) = negotiate_with(socket, setup.without, protocol);
+        let (shape, file) = new_region(&mut frontend, setup);
+        let memory = Memory::new();
+        let event_idx = features & feature::EVENT_IDX != 0;
+        let ring = |index| {
+            let base = RING_BYTES * u64::try_from(index).expect("a small number");
+            Ring::new(Arc::clone(&memory), base, setup.size, event_idx)
+        };
+        let rings = (0..setup.rings).map(ring).collect();
+        let guest = FrontEnd {
+            frontend,
+            memory,
+            rings,
+            features,
+        };
+        let mut keeper = Self {
+            guest,
+            setup,
+            protocol,
+            shape,
+            file,
+        };
+        keeper.set_up();
+        keeper
+    }
+
+    /// Leaves the daemon.
+    pub(crate) fn leave(&mut self) {
+        let (nobody, _) = UnixStream::pair().expect("two sockets");
+        self.guest.frontend = Frontend::from_stream(nobody, 1);
+    }
+
+    /// Goes on with another daemon, or the same.
+    #[track_caller]
+    pub(crate) fn reconnect(&mut self, socket: &Path) {
+        self.leave();
+        let (frontend, features) = negotiate_with(socket, self.setup.without, self.protocol);
+        assert_eq!(features, self.guest.features, "another offer");
+        self.guest.frontend = frontend;
+        self.set_up();
+    }
+
+    /// Gets another region, as QEMU does when its machine is reset.
+    #[track_caller]
+    pub(crate) fn renew(&mut self) {
+        (self.shape, self.file) = new_region(&mut self.guest.frontend, self.setup);
+    }
+
+    /// Fills the end of the region with nonsense, where daemons keep what the next needs.
+    #[track_caller]
+    pub(crate) fn spoil_tail(&self) {
+        let tail = 64 << 10;
+        let at = self.shape.mmap_offset + self.shape.mmap_size - tail;
+        let bytes = vec![0x5a; usize::try_from(tail).expect("64 bits")];
+        self.file.write_all_at(&bytes, at).expect("written");
+    }
+
+    #[track_caller]
+    fn set_up(&mut self) {
+        let Self {
+            guest, shape, file, ..
+        } = self;
+        guest
+            .frontend
+            .set_inflight_fd(shape, file.as_raw_fd())
+            .expect("SET_INFLIGHT_FD");
+        guest
+            .frontend
+            .set_mem_table(&guest.memory.regions())
+            .expect("SET_MEM_TABLE");
+        for index in 0..self.setup.rings {
+            // What cloud-hypervisor says when it comes back: wrong, if anything is in flight.
+            let base = guest.rings[index].available();
+            guest.start(index, base);
+            guest.enable(index, true);
+        }
+    }
+}
+
+fn new_region(frontend: &mut Frontend, setup: Setup) -> (VhostUserInflight, File) {
+    let asked = VhostUserInflight {
+        num_queues: u16::try_from(setup.rings).expect("a few"),
+        queue_size: setup.size,
+        ..VhostUserInflight::default()
+    };
+    frontend.get_inflight_fd(&asked).expect("GET_INFLIGHT_FD")
+}
