@@ -27,7 +27,8 @@ pub trait Rings: Send + Sync {
     fn update(&self, index: usize, update: QueueUpdate);
 
     /// Takes ring `index` back: nothing more is taken from it, what was taken is finished, and the
-    /// answers are flushed. `None` when it was not running.
+    /// answers are flushed. What [`Queue::recovering`] counts was taken, in an earlier life. `None` when
+    /// the ring was not running.
     ///
     /// What cannot be finished in time may be left, where [`Tail::kept`] says that this is of use.
     fn stop(&self, index: usize) -> Option<Queue>;
