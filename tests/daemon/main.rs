@@ -34,6 +34,7 @@ mod local;
 mod malformed;
 mod multipath;
 mod outages;
+mod program;
 mod protocol;
 mod requests;
 mod stages;
