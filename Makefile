@@ -15,7 +15,11 @@ GUEST_TESTS = $(CARGO) test -p guest-tests --test linux_guest -- --nocapture --t
 SANITIZE = PROPTEST_CASES=16 $(CARGO) test \
 	--config 'target."cfg(all())".runner = ["valgrind", "-q", "--error-exitcode=9", "--leak-check=no"]'
 
-.PHONY: help boot test guest-test sanitize fuzz soak bench
+# Where `make install` puts the program, and the description that management software finds it by.
+PREFIX ?= /usr/local
+VHOST_USER_DIR ?= /usr/share/qemu/vhost-user
+
+.PHONY: help boot test guest-test sanitize fuzz soak bench install
 
 help:
 	@echo 'make boot               boot a Linux guest from a remote NVMe/TCP namespace and have it check its disk'
@@ -25,6 +29,7 @@ help:
 	@echo 'make sanitize           the tests of memory that is reached by address, under valgrind (about three minutes)'
 	@echo 'make fuzz [SECONDS=60]  fuzz each target for so long, where a nightly toolchain and cargo-fuzz are there'
 	@echo 'make soak [ROUNDS=10]   the tests again and again, by hand'
+	@echo 'make install            install the release build below PREFIX=/usr/local, and its description for QEMU and libvirt'
 	@echo 'make bench              measure the daemon beside other back-ends; ARGS=--help tells more'
 
 boot:
@@ -73,3 +78,9 @@ bench:
 	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
 	$(CARGO) bench -q -p nvmf --bench machine
 	$(CARGO) run --release -p bench -- $(ARGS)
+
+install:
+	$(CARGO) build --release -p vhost-nvmf
+	install -D -m 755 target/release/vhost-nvmf $(DESTDIR)$(PREFIX)/bin/vhost-nvmf
+	install -d $(DESTDIR)$(VHOST_USER_DIR)
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' qemu-scripts/50-vhost-nvmf.json >$(DESTDIR)$(VHOST_USER_DIR)/50-vhost-nvmf.json

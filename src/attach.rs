@@ -14,7 +14,7 @@ use crate::disk::{Backing, Disk};
 use crate::finding::{self, FindError};
 use crate::rediscovery::Rediscovery;
 use crate::remembered::{Remembered, StateDirectory};
-use crate::worker::Worker;
+use crate::worker::pool::Workers;
 
 /// How long a target is waited for whose disk is remembered: a VMM waits, too.
 const HEAD_START: Duration = Duration::from_secs(1);
@@ -77,8 +77,8 @@ impl Attached {
     pub(crate) async fn attach(
         registry: Arc<Registry>,
         plan: &AttachPlan,
-        workers: &[Worker],
-    ) -> Result<Self, Box<dyn Error>> {
+        workers: &Workers,
+    ) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let state = StateDirectory::open(plan.state_directory())?;
         let name = plan.to_string();
         let remembered = state.as_ref().and_then(|state| state.load(&name));
@@ -175,7 +175,7 @@ impl Attached {
         config: AttachConfig,
         rediscovery: Option<Rediscovery>,
         memory: Option<Memory>,
-        workers: &[Worker],
+        workers: &Workers,
     ) -> Self {
         let disk = Disk::new(backing, config.choices(), workers).await;
         let beside = Beside {

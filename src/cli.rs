@@ -25,13 +25,16 @@ use crate::config::uri::parse_selector;
 use crate::config::{DiscoveryUri, DrainPolicy, Locator, Serial, Spec, Uri};
 use crate::limits;
 use crate::logging::{LogFormat, LogOptions};
+use program::{SocketArgs, WorkerArgs};
 use rates::RateArgs;
 
+mod disks;
+mod program;
 mod rates;
 
 /// What the vhost-user specification's back-end program conventions call the capabilities of a
 /// block back-end.
-const CAPABILITIES: &str = r#"{"type":"block","features":["read-only"]}"#;
+const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
 const SUBCOMMANDS: [&str; 6] = [
     "attach", "serve", "export", "discover", "identify", "list-ns",
 ];
@@ -42,10 +45,10 @@ const PRINT_CAPABILITIES: &str = "--print-capabilities";
 pub(crate) enum Invocation {
     /// Print this on standard output, and nothing else.
     Print(String),
-    /// Serve a remote namespace as a disk.
-    Attach(LogOptions, Box<AttachArgs>),
-    /// Serve storage of this machine as a disk.
-    Serve(LogOptions, Box<ServeArgs>),
+    /// Serve remote namespaces as disks, at least one.
+    Attach(LogOptions, Vec<AttachArgs>),
+    /// Serve storage of this machine as disks, at least one.
+    Serve(LogOptions, Vec<ServeArgs>),
     /// Export storage to other hosts.
     Export(LogOptions, ExportArgs),
     /// Show what a controller says.
@@ -130,9 +133,8 @@ enum LogLevel {
 /// What a disk is to its VMM, wherever its blocks are.
 #[derive(Debug, Args)]
 pub(crate) struct DiskArgs {
-    /// Unix socket for the VMM to connect to
-    #[arg(long, value_name = "PATH")]
-    pub(crate) socket_path: PathBuf,
+    #[command(flatten)]
+    pub(crate) socket: SocketArgs,
     /// Queues on offer to the guest: at least its vCPUs
     #[arg(
         long,
@@ -142,13 +144,20 @@ pub(crate) struct DiskArgs {
     )]
     pub(crate) num_queues: u16,
     /// Serial that the guest reads, at most 20 characters [default: from the namespace]
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", conflicts_with = "disk")]
     pub(crate) serial: Option<Serial>,
     /// Offer a read-only disk
     #[arg(long)]
     pub(crate) read_only: bool,
     #[command(flatten)]
     pub(crate) rates: RateArgs,
+    #[command(flatten)]
+    pub(crate) workers: WorkerArgs,
+    /// One of several disks, by its options without dashes, as in
+    /// socket-path=/run/a.sock,uri=nvme+tcp://HOST/SUBNQN,read-only=on; a comma within a value is written twice. May be
+    /// given several times; options outside hold for every disk that does not say otherwise
+    #[arg(long, value_name = "OPTION=VALUE,...")]
+    disk: Vec<String>,
 }
 
 /// Options of `attach`.
@@ -278,13 +287,13 @@ pub(crate) struct AttachArgs {
     /// controller, on port 8009 or else 4420, tells of the one subsystem whose NQN is of that pattern
     #[arg(
         value_name = "URI",
-        required_unless_present = "config_fabrics",
-        conflicts_with = "config_fabrics"
+        required_unless_present_any = ["config_fabrics", "disk"],
+        conflicts_with_all = ["config_fabrics", "disk"]
     )]
     pub(crate) uri: Option<Locator>,
     /// Another path to the same namespace of the same subsystem, at another address; may be given several times. It is
     /// verified when it is connected, and connected whenever it can be
-    #[arg(long, value_name = "URI", requires = "uri")]
+    #[arg(long, value_name = "URI", requires = "uri", conflicts_with = "disk")]
     pub(crate) path: Vec<Uri>,
     /// How commands are spread over paths that are equally good
     #[arg(long, value_name = "POLICY", value_enum, default_value_t)]
@@ -316,9 +325,22 @@ pub(crate) struct ServeArgs {
     /// [,block-size=512|4096][,uuid=U][,fault=RULE][,powercut[=SIZE]]
     #[arg(
         value_name = "SPEC",
+        required_unless_present_any = ["blk_file", "disk"],
+        conflicts_with_all = ["blk_file", "disk"],
         value_parser = OsStringValueParser::new().try_map(|text| Spec::parse(&text))
     )]
-    pub(crate) spec: Spec,
+    spec: Option<Spec>,
+    /// The same as SPEC file:PATH, as other vhost-user back-ends spell it; 'serve' may then be left out
+    #[arg(long, value_name = "PATH", conflicts_with = "disk")]
+    blk_file: Option<PathBuf>,
+}
+
+impl ServeArgs {
+    /// What is to be served; `None` where there are several disks.
+    pub(crate) fn spec(&self) -> Option<Spec> {
+        let file = self.blk_file.clone().map(Spec::file);
+        self.spec.clone().or(file)
+    }
 }
 
 /// Options of `export`.
@@ -344,6 +366,8 @@ pub(crate) struct ExportArgs {
     /// non-optimized, inaccessible, persistent-loss or change [default: not reported]
     #[arg(long, value_name = "STATE", value_parser = parse_ana_state)]
     pub(crate) ana_state: Option<AnaState>,
+    #[command(flatten)]
+    pub(crate) workers: WorkerArgs,
     /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with
     /// [,block-size=512|4096][,uuid=U][,fault=RULE][,powercut[=SIZE]]
     #[arg(
@@ -454,6 +478,10 @@ Examples:
   Over a network that is not trusted to keep bits as they are:
     vhost-nvmf attach --socket-path /run/disk.sock --hdr-digest --data-digest \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks
+  Two disks of one process, one of them read-only:
+    vhost-nvmf attach \\
+        --disk socket-path=/run/a.sock,uri=nvme+tcp://storage.example/nqn.2026-01.org.example:a \\
+        --disk socket-path=/run/b.sock,uri=nvme+tcp://storage.example/nqn.2026-01.org.example:b,read-only=on
   With 500 requests and 20 MiB a second at most, and 2000 requests at once after a pause:
     vhost-nvmf attach --socket-path /run/disk.sock --iops 500 --iops-burst 2000 --bandwidth 20M \\
         nvme+tcp://storage.example/nqn.2026-01.org.example:disks";
@@ -466,6 +494,9 @@ Examples:
     vhost-nvmf serve --socket-path /run/disk.sock --nr-io-queues 1 /dev/vg0/disk1,direct
   Nothing at all, to measure what is around it:
     vhost-nvmf serve --socket-path /run/disk.sock null:1T
+  Two images in one process:
+    vhost-nvmf serve --disk socket-path=/run/a.sock,spec=a.img \\
+        --disk socket-path=/run/b.sock,spec=b.img,,direct,read-only=on
 
 Growing the disk: enlarge its file or device, then send SIGHUP. The VMM is told.";
 
@@ -512,23 +543,35 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
     if args.iter().skip(1).any(|arg| arg == PRINT_CAPABILITIES) {
         return Ok(Invocation::Print(format!("{CAPABILITIES}\n")));
     }
+    let args = program::with_subcommand(args);
     let subcommand = args
         .iter()
         .skip(1)
         .find_map(|arg| SUBCOMMANDS.into_iter().find(|name| arg == name));
-    let read = CommandLine::command()
-        .try_get_matches_from(args)
-        .and_then(|matches| Ok((CommandLine::from_arg_matches(&matches)?.check()?, matches)));
-    match read {
-        Ok((CommandLine { log, command, .. }, matches)) => Ok(match command {
-            Command::Attach(mut args) => {
-                args.given = matches
-                    .subcommand_matches("attach")
-                    .map(given)
-                    .unwrap_or_default();
-                Invocation::Attach(log.options(LogLevel::Info), args)
+    match read(CommandLine::command(), &args) {
+        Ok(CommandLine { log, command, .. }) => Ok(match command {
+            Command::Attach(first) => {
+                let disks = match first.disk.disk.is_empty() {
+                    true => vec![*first],
+                    false => disks::read_all(&args, "attach", "uri", |command| match command {
+                        Command::Attach(args) => Some(*args),
+                        _ => None,
+                    })?,
+                };
+                disks::distinct(disks.iter().map(|args| &args.disk))?;
+                Invocation::Attach(log.options(LogLevel::Info), disks)
             }
-            Command::Serve(args) => Invocation::Serve(log.options(LogLevel::Info), args),
+            Command::Serve(first) => {
+                let disks = match first.disk.disk.is_empty() {
+                    true => vec![*first],
+                    false => disks::read_all(&args, "serve", "spec", |command| match command {
+                        Command::Serve(args) => Some(*args),
+                        _ => None,
+                    })?,
+                };
+                disks::distinct(disks.iter().map(|args| &args.disk))?;
+                Invocation::Serve(log.options(LogLevel::Info), disks)
+            }
             Command::Export(args) => Invocation::Export(log.options(LogLevel::Info), args),
             Command::Discover(args) => log.show(Question::Discover(args)),
             Command::Identify(args) => log.show(Question::Identify(args)),
@@ -546,6 +589,18 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocati
             _ => Err(UsageError(one_line(&error, subcommand))),
         },
     }
+}
+
+/// Reads one command line.
+fn read(mut reader: clap::Command, args: &[OsString]) -> Result<CommandLine, clap::Error> {
+    let matches = reader.try_get_matches_from_mut(args)?;
+    let mut read = CommandLine::from_arg_matches(&matches)?.check()?;
+    if let (Command::Attach(args), Some(matches)) =
+        (&mut read.command, matches.subcommand_matches("attach"))
+    {
+        args.given = given(matches);
+    }
+    Ok(read)
 }
 
 /// The options that were written, and not left to their defaults.

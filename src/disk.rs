@@ -1,23 +1,22 @@
 //! One disk: a vhost-user device in front, an association behind, lanes between them.
 
 use std::io;
-use std::os::unix::net::UnixListener as StdUnixListener;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nvmf::host::{Association, ControllerInfo, HostError, NamespaceInfo, TargetAddress};
 use nvmf::transport::Registry;
-use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use vhost_user_blk::{Device, Rings, serve};
 
 use crate::bridge::geometry::{self, Choices};
 use crate::bridge::path_choice::IoPolicy;
 use crate::bridge::translate::Limits;
 use crate::config::{AttachConfig, Drain, Uri};
+use crate::endpoint::Endpoint;
 use crate::limits::{LANE_SLOTS, MAILBOX, MAX_PATHS};
 use crate::metrics::DiskCounters;
 use crate::namespace_events::NamespaceEvents;
@@ -27,10 +26,10 @@ use crate::reconnect::way_back::{Found, WayBack};
 use crate::reconnect::{Paths, PathsSetup};
 use crate::remembered::Remembered;
 use crate::rings::LaneRings;
-use crate::worker::Worker;
 use crate::worker::lane::{DeviceLane, LaneSetup};
 use crate::worker::mailbox::{LaneMessage, Mailbox};
 use crate::worker::placement::Placement;
+use crate::worker::pool::Workers;
 use crate::worker::throttle::{Rates, Throttle};
 
 /// How long rings may take to drain when the daemon is told to end.
@@ -39,8 +38,6 @@ const DRAIN: Duration = Duration::from_millis(500);
 const LET_GO: Duration = Duration::from_millis(200);
 /// How long the controller may take to shut down.
 const SHUTDOWN: Duration = Duration::from_millis(600);
-/// How long to wait after a front-end could not be accepted.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Blocks above the page size of common guests are not understood by all of them.
 const GUEST_BLOCK_MAX: u32 = 4096;
 
@@ -200,7 +197,7 @@ impl Disk {
     }
 
     /// Makes a disk of a namespace, and places a lane for each of its queue pairs on the workers.
-    pub(crate) async fn new(backing: Backing, choices: Choices, workers: &[Worker]) -> Self {
+    pub(crate) async fn new(backing: Backing, choices: Choices, workers: &Workers) -> Self {
         let Backing {
             name,
             first,
@@ -227,7 +224,7 @@ impl Disk {
         let (change, changes) = mpsc::channel(reports);
         let (more, new_paths) = mpsc::channel(MAX_PATHS);
         let (recovery, recovered) = mpsc::channel(count.max(1));
-        for worker in workers.iter().cycle().take(count) {
+        for _ in 0..count {
             let (mailbox, mail) = Mailbox::new(MAILBOX);
             let setup = LaneSetup {
                 name: name.clone(),
@@ -243,7 +240,7 @@ impl Disk {
                 throttle: throttle.clone(),
                 poll_max,
             };
-            worker
+            workers
                 .place(Box::new(move || Box::new(DeviceLane::new(setup))))
                 .await;
             lanes.push(mailbox);
@@ -308,25 +305,18 @@ impl Disk {
         self.more.clone()
     }
 
-    /// Serves front-ends, one after the other, until `stop` comes; then drains, shuts the
+    /// Serves front-ends, one after the other, until `stop` comes or there can be no other; then drains, shuts the
     /// controllers down, and logs the counters. Ends within two seconds of `stop`, also when a
     /// controller is dead or away.
     ///
-    /// # Errors
-    /// The listening socket cannot be waited on.
-    pub(crate) async fn serve(
-        self,
-        listener: StdUnixListener,
-        stop: impl Future<Output = ()>,
-    ) -> io::Result<()> {
+    pub(crate) async fn serve(self, endpoint: Endpoint, stop: impl Future<Output = ()>) {
         let Self { paths, front, .. } = self;
         let (end, ended) = oneshot::channel();
         let served = async {
-            let served = front.serve(listener, stop).await;
+            front.serve(endpoint, stop).await;
             drop(end);
-            served
         };
-        let (associations, served) = tokio::join!(paths.run(ended), served);
+        let (associations, ()) = tokio::join!(paths.run(ended), served);
         // All at once, so that many take no longer than one.
         let ends: JoinSet<()> = associations
             .into_iter()
@@ -334,18 +324,11 @@ impl Disk {
             .collect();
         ends.join_all().await;
         front.counters.totals().log(&front.name);
-        served
     }
 }
 
 impl Front {
-    async fn serve(
-        &self,
-        listener: StdUnixListener,
-        stop: impl Future<Output = ()>,
-    ) -> io::Result<()> {
-        listener.set_nonblocking(true)?;
-        let listener = UnixListener::from_std(listener)?;
+    async fn serve(&self, mut endpoint: Endpoint, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
         let mut session: Option<Session> = None;
         loop {
@@ -355,28 +338,26 @@ impl Front {
                     session = None;
                     tracing::info!(disk = self.name, "front-end has gone; waiting for the next");
                 }
-                accepted = listener.accept(), if session.is_none() => match accepted {
-                    Ok((stream, _)) => match self.open_session(stream) {
+                next = endpoint.next(&self.name), if session.is_none() => match next {
+                    Some(stream) => match self.open_session(stream) {
                         Ok(opened) => session = Some(opened),
                         Err(error) => {
                             tracing::error!(disk = self.name, %error, "cannot serve a front-end");
                         }
                     },
-                    // Out of descriptors, or a front-end that gave up: neither lasts.
-                    Err(error) => {
-                        tracing::warn!(disk = self.name, %error, "cannot accept a front-end");
-                        sleep(ACCEPT_PAUSE).await;
+                    None => {
+                        tracing::info!(disk = self.name, "no other front-end can come: ending");
+                        break;
                     }
                 },
             }
         }
-        drop(listener);
+        // Nobody connects any more.
+        drop(endpoint);
         self.let_go(session).await;
-        Ok(())
     }
 
-    fn open_session(&self, stream: tokio::net::UnixStream) -> io::Result<Session> {
-        let stream = stream.into_std()?;
+    fn open_session(&self, stream: UnixStream) -> io::Result<Session> {
         let shutdown = stream.try_clone()?;
         let device = Arc::clone(&self.device);
         let (placement, session) = (Arc::clone(&self.placement), self.session.clone());

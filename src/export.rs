@@ -1,7 +1,6 @@
 //! The embedded target: namespaces of files and memory, offered to hosts over NVMe/TCP.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nvmf::controller::{
     BindError, LaneHost, Limits, NamespaceError, Port, Subsystem, Target, TargetError,
@@ -11,7 +10,7 @@ use nvmf::transport::{Lane, Registry};
 
 use crate::config::{ExportConfig, Machine, Uri, host_of_listener};
 use crate::storage::{self, StorageError};
-use crate::worker::Worker;
+use crate::worker::pool::Workers;
 
 /// The group that all namespaces are in where access states are reported.
 const ANA_GROUP: u32 = 1;
@@ -47,7 +46,7 @@ impl Export {
     pub(crate) async fn open(
         config: &ExportConfig,
         registry: Arc<Registry>,
-        workers: Arc<[Worker]>,
+        workers: Arc<Workers>,
     ) -> Result<Self, ExportError> {
         let serial = uuid::Uuid::new_v5(
             &uuid::Uuid::NAMESPACE_OID,
@@ -65,10 +64,7 @@ impl Export {
             subsystem.report_ana();
             subsystem.set_ana_state(ANA_GROUP, state);
         }
-        let lanes = Arc::new(RoundRobin {
-            workers,
-            next: AtomicUsize::new(0),
-        });
+        let lanes = Arc::new(RoundRobin(workers));
         let target = Target::new(vec![subsystem], Limits::default(), registry, lanes)?;
         let target = Arc::new(target);
         let mut port = Port::bind(Arc::clone(&target), &config.listen).await?;
@@ -123,17 +119,11 @@ impl Export {
 }
 
 /// Places I/O queues on the workers in turn.
-struct RoundRobin {
-    workers: Arc<[Worker]>,
-    next: AtomicUsize,
-}
+struct RoundRobin(Arc<Workers>);
 
 impl LaneHost for RoundRobin {
     fn place(&self, lane: Box<dyn FnOnce() -> Box<dyn Lane> + Send>) {
-        let next = self.next.fetch_add(1, Ordering::Relaxed);
-        if let Some(worker) = self.workers.get(next % self.workers.len().max(1))
-            && !worker.try_place(lane)
-        {
+        if !self.0.try_place(lane) {
             tracing::warn!("a worker has too many new queues; one is closed");
         }
     }

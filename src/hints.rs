@@ -15,6 +15,8 @@ pub(crate) struct VmmHints<'a> {
     pub(crate) num_queues: u16,
     /// The guest may not write.
     pub(crate) read_only: bool,
+    /// It is the VMM that listens.
+    pub(crate) vmm_listens: bool,
 }
 
 impl fmt::Display for VmmHints<'_> {
@@ -22,8 +24,13 @@ impl fmt::Display for VmmHints<'_> {
         let socket = self.socket_path.display().to_string();
         let offered = self.num_queues;
         let queues = offered.min(EXAMPLE_VCPUS);
+        let role = if self.vmm_listens {
+            "server=on,wait=on"
+        } else {
+            "reconnect=1"
+        };
         let qemu_socket = quote(&format!(
-            "socket,id=vhost0,path={},reconnect=1",
+            "socket,id=vhost0,path={},{role}",
             socket.replace(',', ",,")
         ));
         // cloud-hypervisor takes a value with a comma in double quotes.
@@ -36,10 +43,11 @@ impl fmt::Display for VmmHints<'_> {
         let ch_disk = quote(&format!(
             "vhost_user=true,socket={ch_value},num_queues={queues},queue_size=128{read_only}"
         ));
-        writeln!(
-            f,
-            "QEMU (memory size as in -m; QEMU 9.2 and later: reconnect-ms=1000 for reconnect=1):"
-        )?;
+        let newer = match self.vmm_listens {
+            true => "",
+            false => "; QEMU 9.2 and later: reconnect-ms=1000 for reconnect=1",
+        };
+        writeln!(f, "QEMU (memory size as in -m{newer}):")?;
         writeln!(f, "  -m 2G -smp {queues} \\")?;
         writeln!(
             f,
@@ -50,9 +58,12 @@ impl fmt::Display for VmmHints<'_> {
             f,
             "  -device vhost-user-blk-pci,chardev=vhost0,num-queues={queues}"
         )?;
-        writeln!(f, "cloud-hypervisor:")?;
-        writeln!(f, "  --memory size=2G,shared=on --cpus boot={queues} \\")?;
-        writeln!(f, "  --disk {ch_disk}")?;
+        // Others only connect.
+        if !self.vmm_listens {
+            writeln!(f, "cloud-hypervisor:")?;
+            writeln!(f, "  --memory size=2G,shared=on --cpus boot={queues} \\")?;
+            writeln!(f, "  --disk {ch_disk}")?;
+        }
         writeln!(
             f,
             "One queue for each vCPU is best; this disk offers up to {offered}."
@@ -80,8 +91,28 @@ mod tests {
             socket_path: Path::new(path),
             num_queues,
             read_only,
+            vmm_listens: false,
         }
         .to_string()
+    }
+
+    #[test]
+    fn a_vmm_that_is_to_listen_is_told_so() {
+        let hints = VmmHints {
+            socket_path: Path::new("/s"),
+            num_queues: 4,
+            read_only: false,
+            vmm_listens: true,
+        };
+        let text = hints.to_string();
+        assert!(
+            text.contains("-chardev socket,id=vhost0,path=/s,server=on,wait=on "),
+            "{text}"
+        );
+        assert!(
+            !text.contains("reconnect") && !text.contains("cloud-hypervisor"),
+            "{text}"
+        );
     }
 
     #[test]

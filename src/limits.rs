@@ -73,6 +73,15 @@ pub(crate) const SERIAL_LEN: usize = 20;
 /// Longest path of a Unix socket on Linux: `sun_path` less its terminating zero.
 pub(crate) const SOCKET_PATH_MAX: usize = 107;
 
+/// VMMs that wait to be accepted by a disk, which serves one at a time.
+pub(crate) const SOCKET_BACKLOG: i32 = 128;
+
+/// Disks of one process: more than VMs of one machine have, and few enough to be attached all at once.
+pub(crate) const MAX_DISKS: usize = 1024;
+
+/// Data-plane threads of one process.
+pub(crate) const WORKERS: RangeInclusive<u64> = 1..=1024;
+
 /// Namespaces of one exported subsystem: the list of active namespaces fits one Identify page.
 pub(crate) const MAX_NAMESPACES: usize = 1024;
 

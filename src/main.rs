@@ -6,6 +6,8 @@ mod cli;
 mod config;
 mod daemon;
 mod disk;
+mod disks;
+mod endpoint;
 mod export;
 mod finding;
 mod hints;
@@ -43,17 +45,24 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> Result<(), Box<dyn Error>> {
+fn run() -> Result<(), Box<dyn Error + Send + Sync>> {
     match cli::parse(std::env::args_os())? {
         Invocation::Print(text) => Ok(std::io::stdout().write_all(text.as_bytes())?),
-        Invocation::Attach(log, args) => {
-            logging::start(log);
-            daemon::attach(&AttachPlan::resolve(*args, &Machine::read())?)
-        }
-        Invocation::Serve(log, args) => {
+        Invocation::Attach(log, disks) => {
             logging::start(log);
             let machine = Machine::read();
-            daemon::serve(&ServeConfig::resolve(*args, &machine)?, &machine)
+            let plans = disks
+                .into_iter()
+                .map(|args| AttachPlan::resolve(args, &machine));
+            daemon::attach(plans.collect::<Result<_, _>>()?)
+        }
+        Invocation::Serve(log, disks) => {
+            logging::start(log);
+            let machine = Machine::read();
+            let configs = disks
+                .into_iter()
+                .map(|args| ServeConfig::resolve(args, &machine));
+            daemon::serve(configs.collect::<Result<_, _>>()?, machine)
         }
         Invocation::Export(log, args) => {
             logging::start(log);

@@ -18,7 +18,7 @@ use crate::disk::{Backing, Disk};
 use crate::limits;
 use crate::reconnect::way_back::Found;
 use crate::storage::{self, StorageError};
-use crate::worker::Worker;
+use crate::worker::pool::Workers;
 
 /// Namespace identifier of the disk.
 const NSID: u32 = 1;
@@ -71,7 +71,7 @@ impl Local {
     pub(crate) async fn serve(
         config: &ServeConfig,
         machine: &Machine,
-        workers: &[Worker],
+        workers: &Workers,
     ) -> Result<(Self, Disk), ServeError> {
         let mut subsystem = Subsystem::new(machine.default_subnqn(), "local");
         let uuid = config.namespace.uuid;

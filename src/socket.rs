@@ -1,11 +1,25 @@
 //! The Unix socket that a VMM connects to: made where nobody else listens, removed at the end.
 
+use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
 
-use crate::limits::SOCKET_PATH_MAX;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::limits::{SOCKET_BACKLOG, SOCKET_PATH_MAX};
+
+/// Who may connect to a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Access {
+    /// Permission bits; `None` leaves them to the process's mask.
+    pub(crate) mode: Option<u32>,
+    /// Number of the user that it belongs to, if not to that of the process.
+    pub(crate) owner: Option<u32>,
+    /// The same of a group.
+    pub(crate) group: Option<u32>,
+}
 
 /// A path that is ours as long as this value lives: it is unlinked on drop, unless another process
 /// has put its own socket there since.
@@ -44,6 +58,21 @@ pub(crate) enum SocketError {
     /// Another process has it.
     #[error("socket path '{}' is in use by another process; choose another path, or end that process", .0.display())]
     InUse(PathBuf),
+    /// It cannot be given to whom it is to belong to.
+    #[error(
+        "cannot give the socket '{}' to user and group {owner}:{group}: {source}; start as root, or choose a group \
+         that this user is in", .path.display()
+    )]
+    Owner {
+        /// The path.
+        path: PathBuf,
+        /// The user, or nothing.
+        owner: String,
+        /// The group, or nothing.
+        group: String,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The system said no.
     #[error("cannot make the socket '{}'", .path.display())]
     Io {
@@ -58,40 +87,69 @@ pub(crate) enum SocketError {
 ///
 /// # Errors
 /// [`SocketError`]; nothing was changed then.
-pub(crate) fn listen(path: &Path) -> Result<(UnixListener, SocketPath), SocketError> {
+pub(crate) fn listen(
+    path: &Path,
+    access: &Access,
+) -> Result<(UnixListener, SocketPath), SocketError> {
     check_form(path)?;
-    let io = |source| SocketError::Io {
+    let io = |source: io::Error| SocketError::Io {
         path: path.to_owned(),
         source,
     };
-    let listener = match UnixListener::bind(path) {
+    let path = &std::path::absolute(path).map_err(io)?;
+    let socket = match bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
-            UnixListener::bind(path)
+            bind(path)
         }
         other => other,
     };
-    let listener = match listener {
-        Ok(listener) => listener,
+    let socket = match socket {
+        Ok(socket) => socket,
         // Another process was quicker.
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             return Err(SocketError::InUse(path.to_owned()));
         }
         Err(error) => return Err(io(error)),
     };
-    let path = std::path::absolute(path).map_err(io)?;
-    let metadata = path.symlink_metadata().map_err(io)?;
-    Ok((
-        listener,
-        SocketPath {
-            path,
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        },
-    ))
+    let guard = SocketPath::of(path).map_err(io)?;
+    // Nobody can connect before it listens, so nobody does who may not.
+    give(path, access)?;
+    rustix::net::listen(&socket, SOCKET_BACKLOG).map_err(|error| io(error.into()))?;
+    Ok((socket.into(), guard))
 }
 
-fn check_form(path: &Path) -> Result<(), SocketError> {
+fn bind(path: &Path) -> io::Result<std::os::fd::OwnedFd> {
+    let kind = SocketType::STREAM;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+/// Sets who may connect.
+fn give(path: &Path, access: &Access) -> Result<(), SocketError> {
+    let Access { mode, owner, group } = *access;
+    if owner.is_some() || group.is_some() {
+        std::os::unix::fs::chown(path, owner, group).map_err(|source| SocketError::Owner {
+            path: path.to_owned(),
+            owner: owner.map(|id| id.to_string()).unwrap_or_default(),
+            group: group.map(|id| id.to_string()).unwrap_or_default(),
+            source,
+        })?;
+    }
+    let mode = mode.map(Permissions::from_mode);
+    let set = mode.map_or(Ok(()), |mode| std::fs::set_permissions(path, mode));
+    set.map_err(|source| SocketError::Io {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Checks what can be known about the path of a socket without looking for the socket.
+///
+/// # Errors
+/// [`SocketError`].
+pub(crate) fn check_form(path: &Path) -> Result<(), SocketError> {
     let len = path.as_os_str().len();
     if len > SOCKET_PATH_MAX {
         let path = path.to_owned();
@@ -145,6 +203,16 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
 }
 
 impl SocketPath {
+    /// The socket that is at `path`, which is absolute.
+    fn of(path: &Path) -> io::Result<Self> {
+        let metadata = path.symlink_metadata()?;
+        Ok(Self {
+            path: path.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+
     /// The path, absolute.
     pub(crate) fn path(&self) -> &Path {
         &self.path
@@ -172,11 +240,35 @@ mod tests {
 
     use super::*;
 
+    const ANY: Access = Access {
+        mode: None,
+        owner: None,
+        group: None,
+    };
+
+    #[test]
+    fn a_socket_has_the_mode_and_the_group_that_it_is_to_have() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.sock");
+        let group = rustix::process::getegid().as_raw();
+        for mode in [0o600, 0o660, 0o666] {
+            let access = Access {
+                mode: Some(mode),
+                owner: None,
+                group: Some(group),
+            };
+            let (_listener, _guard) = listen(&path, &access).unwrap();
+            let metadata = path.metadata().unwrap();
+            assert_eq!(metadata.mode() & 0o7777, mode);
+            assert_eq!(metadata.gid(), group);
+        }
+    }
+
     #[test]
     fn a_vmm_can_connect_until_the_path_is_dropped() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.sock");
-        let (listener, guard) = listen(&path).unwrap();
+        let (listener, guard) = listen(&path, &ANY).unwrap();
         let vmm = UnixStream::connect(&path).unwrap();
         listener.accept().unwrap();
         drop(vmm);
@@ -189,8 +281,8 @@ mod tests {
     fn a_living_listener_is_left_alone_and_sees_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.sock");
-        let (listener, _guard) = listen(&path).unwrap();
-        assert!(matches!(listen(&path), Err(SocketError::InUse(_))));
+        let (listener, _guard) = listen(&path, &ANY).unwrap();
+        assert!(matches!(listen(&path, &ANY), Err(SocketError::InUse(_))));
         listener.set_nonblocking(true).unwrap();
         let nobody = listener.accept().unwrap_err();
         assert_eq!(nobody.kind(), io::ErrorKind::WouldBlock);
@@ -201,7 +293,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.sock");
         drop(UnixListener::bind(&path).unwrap());
-        let (_listener, _guard) = listen(&path).unwrap();
+        let (_listener, _guard) = listen(&path, &ANY).unwrap();
         UnixStream::connect(&path).unwrap();
     }
 
@@ -210,10 +302,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.img");
         std::fs::write(&path, "data").unwrap();
-        assert!(matches!(listen(&path), Err(SocketError::NotASocket(_))));
+        assert!(matches!(
+            listen(&path, &ANY),
+            Err(SocketError::NotASocket(_))
+        ));
         let link = directory.path().join("link");
         std::os::unix::fs::symlink("nowhere", &link).unwrap();
-        assert!(matches!(listen(&link), Err(SocketError::NotASocket(_))));
+        assert!(matches!(
+            listen(&link, &ANY),
+            Err(SocketError::NotASocket(_))
+        ));
         assert_eq!(std::fs::read(&path).unwrap(), b"data");
     }
 
@@ -222,12 +320,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let missing = directory.path().join("missing/disk.sock");
         assert!(matches!(
-            listen(&missing),
+            listen(&missing, &ANY),
             Err(SocketError::NoDirectory { .. })
         ));
         let long = Path::new("/").join("x".repeat(107));
         assert!(matches!(
-            listen(&long),
+            listen(&long, &ANY),
             Err(SocketError::TooLong { len: 108, .. })
         ));
     }
@@ -236,10 +334,10 @@ mod tests {
     fn the_socket_of_a_successor_is_not_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.sock");
-        let (_old, guard) = listen(&path).unwrap();
+        let (_old, guard) = listen(&path, &ANY).unwrap();
         let moved = directory.path().join("moved");
         std::fs::rename(&path, &moved).unwrap();
-        let (_new, _kept) = listen(&path).unwrap();
+        let (_new, _kept) = listen(&path, &ANY).unwrap();
         drop(guard);
         assert!(path.exists() && moved.exists());
     }

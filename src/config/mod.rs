@@ -27,8 +27,10 @@ use uuid::Uuid;
 use crate::bridge::geometry::Choices;
 use crate::bridge::path_choice::IoPolicy;
 use crate::cli::{AttachArgs, ExportArgs, ServeArgs};
+use crate::endpoint::Origin;
 use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
 use crate::reconnect::way_back::Patience;
+use crate::worker::pool::Crew;
 use crate::worker::throttle::Rates;
 pub(crate) use drain::{Drain, DrainPolicy};
 pub(crate) use identity::{HostIdentity, Machine};
@@ -70,8 +72,10 @@ pub(crate) struct AttachConfig {
 /// Storage of this machine to serve as a disk.
 #[derive(Debug, Clone)]
 pub(crate) struct ServeConfig {
-    /// Where the VMM connects.
-    pub(crate) socket_path: PathBuf,
+    /// Where VMMs come from.
+    pub(crate) origin: Origin,
+    /// Who works.
+    pub(crate) crew: Crew,
     /// What the user decides about the disk.
     pub(crate) choices: Choices,
     /// What it may do in a second.
@@ -95,6 +99,8 @@ pub(crate) struct ExportConfig {
     pub(crate) allowed_hosts: Option<Vec<Nqn>>,
     /// How its namespaces are reached; `None` reports nothing of the kind.
     pub(crate) ana_state: Option<AnaState>,
+    /// Who works.
+    pub(crate) crew: Crew,
     /// Its namespaces, at least one, by ascending identifier from 1.
     pub(crate) namespaces: Vec<NamespaceConfig>,
 }
@@ -165,6 +171,9 @@ pub(crate) enum ConfigError {
     /// An address twice.
     #[error("--listen {0} is given twice; keep one")]
     SameAddress(SocketAddr),
+    /// Neither a socket nor storage was given, which the command line does not let pass.
+    #[error("there is no socket, or nothing to serve")]
+    Nothing,
     /// Too many namespaces.
     #[error("{0} namespaces are too many for one subsystem; export at most {MAX_NAMESPACES}")]
     TooManyNamespaces(usize),
@@ -201,7 +210,7 @@ impl AttachConfig {
 fn host_options(args: &AttachArgs, identity: &HostIdentity) -> HostOptions {
     let HostIdentity { nqn, id } = identity.clone();
     HostOptions {
-        nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
+        nr_io_queues: io_queues(args.nr_io_queues, &args.disk.workers.crew()),
         queue_size: args.queue_size,
         keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
         hdr_digest: args.hdr_digest,
@@ -228,7 +237,10 @@ impl ServeConfig {
     /// # Errors
     /// [`ConfigError`] names what cannot be served as asked.
     pub(crate) fn resolve(args: ServeArgs, machine: &Machine) -> Result<Self, ConfigError> {
-        let mut spec = args.spec;
+        let crew = args.disk.workers.crew();
+        let (Some(mut spec), Some(origin)) = (args.spec(), args.disk.socket.origin()) else {
+            return Err(ConfigError::Nothing);
+        };
         let mut read_only = args.disk.read_only;
         if let Storage::File {
             read_only: file, ..
@@ -239,7 +251,7 @@ impl ServeConfig {
         }
         let HostIdentity { nqn, id } = HostIdentity::resolve(None, None, machine);
         Ok(Self {
-            socket_path: args.disk.socket_path,
+            origin,
             choices: Choices {
                 num_queues: args.disk.num_queues,
                 serial: args.disk.serial,
@@ -248,12 +260,13 @@ impl ServeConfig {
             rates: args.disk.rates.rates(),
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
             host: HostOptions {
-                nr_io_queues: args.nr_io_queues.unwrap_or(cpus()).min(MAX_NR_IO_QUEUES),
+                nr_io_queues: io_queues(args.nr_io_queues, &crew),
                 queue_size: LOCAL_QUEUE_SIZE,
                 // A controller in the same process does not die on its own.
                 keep_alive_tmo: Duration::ZERO,
                 ..HostOptions::new(nqn, id)
             },
+            crew,
             namespace: NamespaceConfig::resolve(1, spec, machine)?,
         })
     }
@@ -264,10 +277,10 @@ fn limited(seconds: i32) -> Option<Duration> {
     Some(Duration::from_secs(u64::try_from(seconds).ok()?))
 }
 
-/// One I/O queue pair for each CPU.
-fn cpus() -> u16 {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    u16::try_from(cpus).unwrap_or(MAX_NR_IO_QUEUES)
+/// As many I/O queue pairs as asked for, else one for each worker.
+fn io_queues(asked: Option<u16>, crew: &Crew) -> u16 {
+    let workers = || u16::try_from(crew.count()).unwrap_or(MAX_NR_IO_QUEUES);
+    asked.unwrap_or_else(workers).min(MAX_NR_IO_QUEUES)
 }
 
 impl ExportConfig {
@@ -301,6 +314,7 @@ impl ExportConfig {
             subnqn: args.subnqn.unwrap_or_else(|| machine.default_subnqn()),
             allowed_hosts: (!args.allow_host.is_empty()).then_some(args.allow_host),
             ana_state: args.ana_state,
+            crew: args.workers.crew(),
             namespaces,
         })
     }
@@ -407,8 +421,9 @@ mod tests {
 
     fn attach(args: &[&str]) -> AttachConfig {
         match command_line(&[&["attach", "--socket-path", "/s", URI], args].concat()) {
-            Invocation::Attach(_, args) => {
-                let plan = AttachPlan::resolve(*args, &Machine::default()).unwrap();
+            Invocation::Attach(_, mut disks) => {
+                let args = disks.pop().unwrap();
+                let plan = AttachPlan::resolve(args, &Machine::default()).unwrap();
                 match &plan.source {
                     Source::Paths(paths) => plan.config(paths[0].clone()),
                     Source::Search(search) => panic!("{search:?}"),

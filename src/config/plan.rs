@@ -9,6 +9,8 @@ use super::fabrics_conf::{Connection, FabricsConf, FileError, Settings};
 use super::locator::{Locator, Search};
 use super::{AttachConfig, HostIdentity, Machine, Uri, host_options};
 use crate::cli::AttachArgs;
+use crate::endpoint::Origin;
+use crate::worker::pool::Crew;
 
 /// A disk to attach.
 #[derive(Debug)]
@@ -75,9 +77,14 @@ impl AttachPlan {
         })
     }
 
-    /// Where the VMM connects.
-    pub(crate) fn socket_path(&self) -> &Path {
-        &self.args.disk.socket_path
+    /// Where VMMs come from; `None` where the command line says nothing of that, which it does not let pass.
+    pub(crate) fn origin(&self) -> Option<Origin> {
+        self.args.disk.socket.origin()
+    }
+
+    /// Who works.
+    pub(crate) fn crew(&self) -> Crew {
+        self.args.disk.workers.crew()
     }
 
     /// Where disks are remembered, if the user has decided that.

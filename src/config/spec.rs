@@ -138,6 +138,21 @@ pub(crate) enum SpecError {
 }
 
 impl Spec {
+    /// A file or block device, with nothing more said about it.
+    pub(crate) fn file(path: PathBuf) -> Self {
+        Self {
+            storage: Storage::File {
+                path,
+                read_only: false,
+                direct: false,
+            },
+            block_size: BlockSize::default(),
+            uuid: None,
+            faults: Vec::new(),
+            powercut: None,
+        }
+    }
+
     /// Parses `PATH | file:PATH[,ro][,direct] | ram:SIZE | null:SIZE`, with `,block-size=512|4096`, `,uuid=U`,
     /// `,powercut[=SIZE]` and any number of `,fault=RULE` in any order. A comma in a path is written twice.
     ///

@@ -53,7 +53,10 @@ struct Shown {
 ///
 /// # Errors
 /// One line for the user.
-pub(crate) fn show(question: Question, machine: &Machine) -> Result<(), Box<dyn Error>> {
+pub(crate) fn show(
+    question: Question,
+    machine: &Machine,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let registry = Registry::with_defaults();
     let answer = runtime.block_on(async {

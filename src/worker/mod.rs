@@ -6,6 +6,7 @@ mod overdue;
 mod paths;
 mod patience;
 pub(crate) mod placement;
+pub(crate) mod pool;
 pub(crate) mod rate;
 pub(crate) mod throttle;
 
@@ -17,11 +18,13 @@ use std::thread::JoinHandle;
 
 use nvmf::transport::watch::Watch;
 use nvmf::transport::{Lane, Ready, Turn};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use tokio::runtime::Builder;
 use tokio::sync::mpsc;
 use tokio::task::LocalSet;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use self::pool::CrewError;
 use crate::limits::NEW_LANES;
 
 /// Makes a lane on the thread that will own it.
@@ -35,18 +38,21 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts worker number `index`.
+    /// Starts worker number `index`, on one CPU alone if that is given.
     ///
     /// # Errors
-    /// No thread or no descriptor can be had.
-    pub(crate) fn start(index: usize) -> io::Result<Self> {
+    /// No thread or no descriptor can be had, or not on that CPU.
+    fn start(index: usize, cpu: Option<usize>) -> Result<Self, CrewError> {
         let runtime = Builder::new_current_thread()
             .enable_io()
             .enable_time()
             .build()?;
         let (lanes, mut new) = mpsc::channel::<NewLane>(NEW_LANES);
         let name = format!("worker-{index}");
+        let (bound, is_bound) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name(name).spawn(move || {
+            // Nobody waits for it when the process ends already.
+            let _ = bound.send(cpu.map_or(Ok(()), bind));
             let local = LocalSet::new();
             local.spawn_local(async move {
                 while let Some(lane) = new.recv().await {
@@ -56,7 +62,10 @@ impl Worker {
             // Ends with the last lane.
             runtime.block_on(local);
         })?;
-        Ok(Self { lanes, thread })
+        match (is_bound.recv(), cpu) {
+            (Ok(Err(error)), Some(cpu)) => Err(CrewError::Cpu { cpu, error }),
+            _ => Ok(Self { lanes, thread }),
+        }
     }
 
     /// Hands a lane over.
@@ -75,6 +84,13 @@ impl Worker {
     pub(crate) fn finish(self) -> JoinHandle<()> {
         self.thread
     }
+}
+
+/// Has this thread run on one CPU alone.
+fn bind(cpu: usize) -> io::Result<()> {
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu);
+    Ok(sched_setaffinity(None, &cpus)?)
 }
 
 /// Drives one lane until it ends.
@@ -255,7 +271,7 @@ mod tests {
 
     #[test]
     fn a_lane_has_a_turn_at_its_deadline_and_sleeps_until_then() {
-        let worker = Worker::start(0).unwrap();
+        let worker = Worker::start(0, None).unwrap();
         let turns = Arc::new(AtomicUsize::new(0));
         let (over, ended) = std_mpsc::channel();
         let lane = Patient {
@@ -271,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_lane_that_wants_another_turn_gets_it_although_nothing_becomes_ready() {
-        let worker = Worker::start(0).unwrap();
+        let worker = Worker::start(0, None).unwrap();
         let turns = Arc::new(AtomicUsize::new(0));
         let (over, ended) = std_mpsc::channel();
         let lane = Busy {

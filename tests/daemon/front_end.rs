@@ -89,6 +89,10 @@ pub(crate) fn negotiate_with(
     more: VhostUserProtocolFeatures,
 ) -> (Frontend, u64) {
     let stream = UnixStream::connect(socket).expect("somebody listens");
+    negotiate_over(stream, without)
+}
+
+fn negotiate_over(stream: UnixStream, without: u64) -> (Frontend, u64) {
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
         .expect("a time-out");
@@ -121,7 +125,14 @@ impl FrontEnd {
 
     #[track_caller]
     pub(crate) fn connect_with(socket: &Path, setup: Setup) -> Self {
-        let (mut frontend, features) = negotiate(socket, setup.without);
+        let stream = UnixStream::connect(socket).expect("somebody listens");
+        Self::over(stream, setup)
+    }
+
+    /// On a socket that is connected already.
+    #[track_caller]
+    pub(crate) fn over(stream: UnixStream, setup: Setup) -> Self {
+        let (mut frontend, features) = negotiate_over(stream, setup.without);
         frontend.get_queue_num().expect("GET_QUEUE_NUM");
         let memory = Memory::new();
         frontend

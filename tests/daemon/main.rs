@@ -36,6 +36,7 @@ mod local;
 mod malformed;
 mod multipath;
 mod outages;
+mod program;
 mod protocol;
 mod requests;
 mod stages;
