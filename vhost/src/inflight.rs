@@ -12,6 +12,7 @@ mod tail;
 mod tracking;
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::fs::{
@@ -31,6 +32,9 @@ use crate::vring::MAX_RING_SIZE;
 use mapping::Mapping;
 use ring::{ALIGNMENT, part_len};
 use tail::TAIL;
+
+/// What the files of regions are called in `/proc`.
+const NAME: &str = "vhost-user-blk-inflight";
 
 /// What a front-end says about a region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,8 +115,7 @@ impl Region {
             entries,
         };
         shape.check()?;
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = memfd_create("vhost-user-blk-inflight", flags).map_err(InflightError::Make)?;
+        let file = sealable().map_err(InflightError::Make)?;
         ftruncate(&file, shape.len).map_err(InflightError::Make)?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         fcntl_add_seals(&file, seals).map_err(InflightError::Make)?;
@@ -177,6 +180,16 @@ impl Region {
     /// The private tail.
     pub(crate) fn tail(&self) -> Tail {
         self.tail.clone()
+    }
+}
+
+/// An empty file in memory that can be sealed. Some systems want to hear that nobody will execute it,
+/// and kernels before 6.3 do not know what that is.
+fn sealable() -> Result<OwnedFd, Errno> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    match memfd_create(NAME, flags | MemfdFlags::NOEXEC_SEAL) {
+        Err(Errno::INVAL) => memfd_create(NAME, flags),
+        result => result,
     }
 }
 

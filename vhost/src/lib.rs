@@ -6,6 +6,9 @@
 //! and flushes the answers; the session reaches it only through [`Rings`] (see
 //! `docs/adr/0002-own-session-and-queues.md`).
 //!
+//! What is in flight is kept in memory that outlives the process where the front-end keeps that, and
+//! the next one goes on from there (see `docs/adr/0011-in-flight-region.md`).
+//!
 //! The guest and the front-end are not trusted. What a guest breaks is its own ring
 //! ([`BrokenRing`]); what a front-end asks wrongly is refused, and the session goes on. Two things
 //! are taken on trust, because no back-end that maps a guest's memory can do without: that the

@@ -31,7 +31,7 @@ const USED_AT: usize = 14;
 const NEXT_AT: usize = 6;
 const COUNTER_AT: usize = 8;
 
-/// A counter that no ring gets to; one that is there already is not ours.
+/// A counter that no ring gets to.
 const COUNTER_LIMIT: u64 = 1 << 55;
 
 /// Why a ring's part of an in-flight region cannot be what a back-end has left there.
@@ -79,6 +79,14 @@ pub enum BadInflight {
         head: u16,
         /// Entries of the ring.
         size: u16,
+    },
+    /// A counter is higher than any ring gets.
+    #[error("the in-flight region has counter {counter:#x} for descriptor {head}")]
+    Counter {
+        /// The descriptor.
+        head: u16,
+        /// What was found.
+        counter: u64,
     },
     /// The part belongs to another state of the ring.
     #[error(
@@ -265,6 +273,7 @@ impl Part {
             return Ok(Found::default());
         }
         let mut flags = self.flags(size)?;
+        let last = self.last_counter()?;
         let batch = match flags.contains(&true) {
             true => self.last_batch(&flags, used)?,
             // Whatever the batch was, it is settled.
@@ -294,7 +303,7 @@ impl Part {
         }
         self.settle(used);
         in_flight.sort_unstable();
-        let counter = self.number(&mut in_flight);
+        let counter = self.number(&mut in_flight, last);
         Ok(Found {
             initialised: true,
             in_flight,
@@ -329,6 +338,19 @@ impl Part {
         Ok(flags)
     }
 
+    /// The highest counter of all, in flight or not.
+    fn last_counter(&self) -> Result<u64, BadInflight> {
+        let mut last = 0;
+        for head in 0..self.entries {
+            let counter = self.counter(head);
+            if counter >= COUNTER_LIMIT {
+                return Err(BadInflight::Counter { head, counter });
+            }
+            last = last.max(counter);
+        }
+        Ok(last)
+    }
+
     /// The heads that were shown to the driver, but perhaps not noted as such any more.
     fn last_batch(&self, flags: &[bool], used: u16) -> Result<Vec<u16>, BadInflight> {
         let region = self.half(USED_AT);
@@ -350,31 +372,19 @@ impl Part {
         Ok(batch)
     }
 
-    /// Gives each entry a counter of its own where that is not so, and returns the next one. Who
-    /// comes after a kill in the middle of this finds the same order.
-    fn number(&self, in_flight: &mut [Aged]) -> u64 {
-        let counters = (0..self.entries).map(|head| self.counter(head));
-        let last = counters.max().unwrap_or(0);
-        let count = in_flight.len() as u64;
-        if last >= COUNTER_LIMIT {
-            for (counter, aged) in (0..).zip(&mut *in_flight) {
-                aged.counter = counter;
-                self.set_counter(aged.head, counter);
-            }
-            for head in (0..self.entries).filter(|head| self.flag(*head) == 0) {
-                self.set_counter(head, 0);
-            }
-            return count;
-        }
+    /// Gives each entry a counter of its own, above `last`, where that is not so, and returns the next
+    /// one. Who comes after a kill in the middle of this finds the same order.
+    fn number(&self, in_flight: &mut [Aged], last: u64) -> u64 {
         if in_flight.is_sorted_by(|a, b| a.counter < b.counter) {
             return last + 1;
         }
-        let mut counter = last + count;
+        let mut counter = last + in_flight.len() as u64;
+        let next = counter + 1;
         for aged in in_flight.iter_mut().rev() {
             aged.counter = counter;
             self.set_counter(aged.head, counter);
             counter -= 1;
         }
-        last + count + 1
+        next
     }
 }

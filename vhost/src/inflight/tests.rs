@@ -1,6 +1,7 @@
 //! The layout of a region, byte by byte, and its tail.
 
 use super::*;
+use crate::fuse::killed_after;
 
 fn bytes(file: &File, at: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
@@ -74,6 +75,44 @@ fn counters_go_on_behind_those_of_requests_that_were_answered() {
     part.clear(2);
     let found = part.recover(8, 0, 1).expect("one in flight");
     assert_eq!(found.counter, 42);
+}
+
+#[test]
+fn a_kill_while_counters_are_made_different_does_not_change_their_order() {
+    let order = |found: &ring::Found| {
+        let heads = found.in_flight.iter().map(|aged| aged.head);
+        heads.collect::<Vec<_>>()
+    };
+    for counters in [
+        [7, 7, 3, 7, 9],
+        [0, 0, 0, 0, 0],
+        [1 << 50, 5, 5, 1, 1 << 50],
+        [4, 3, 2, 1, 0],
+    ] {
+        let prepared = || {
+            let (region, ..) = region(1, 8);
+            let part = region.part(0).expect("part");
+            part.recover(8, 0, 0).expect("fresh");
+            for (head, counter) in (0..).zip(counters) {
+                part.take(head, counter);
+            }
+            part
+        };
+        let mut sorted: Vec<_> = (0_u16..).zip(counters).collect();
+        sorted.sort_by_key(|(head, counter)| (*counter, *head));
+        let expected: Vec<_> = sorted.iter().map(|(head, _)| *head).collect();
+        for stores in 0.. {
+            let part = prepared();
+            let whole = killed_after(stores, || part.recover(8, 0, 5).is_ok());
+            let found = part.recover(8, 0, 5).expect("again");
+            assert_eq!(order(&found), expected, "{counters:?} after {stores}");
+            let last = found.in_flight.iter().map(|aged| aged.counter).max();
+            assert!(last < Some(found.counter));
+            if whole.is_some() {
+                break;
+            }
+        }
+    }
 }
 
 #[test]
