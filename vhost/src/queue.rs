@@ -36,7 +36,8 @@ pub struct Request {
     /// or whole, or may be carried out yet, by whoever had it then.
     pub recovered: bool,
     /// Its number: no other request of the device has it, and it keeps it from life to life. Of two
-    /// requests of one ring, the one that was taken later has the larger number.
+    /// requests of one ring, the one that was taken later has the larger number. A ring that starts with
+    /// nothing to go on from ([`Queue::recovering`] is 0) may begin anew with its numbers.
     pub id: u64,
 }
 
