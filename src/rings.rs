@@ -1,7 +1,7 @@
 //! The rings of a disk as its front-end's session sees them: handed to lanes, changed there, and taken back, in time.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -19,6 +19,9 @@ use crate::worker::placement::Placement;
 /// them long before; without an answer, what they may still write is fenced.
 const GRACE: Duration = Duration::from_millis(200);
 
+/// A message about a ring, after a pause.
+type Step = (Duration, fn(usize) -> LaneMessage);
+
 /// See the module.
 pub(crate) struct LaneRings {
     placement: Arc<Placement>,
@@ -28,7 +31,7 @@ pub(crate) struct LaneRings {
     control: Handle,
     running: AtomicUsize,
     /// The front-end keeps the region of requests in flight.
-    kept: std::sync::atomic::AtomicBool,
+    kept: AtomicBool,
 }
 
 impl LaneRings {
@@ -44,7 +47,7 @@ impl LaneRings {
             drain,
             control: Handle::current(),
             running: AtomicUsize::new(0),
-            kept: std::sync::atomic::AtomicBool::new(false),
+            kept: AtomicBool::new(false),
         }
     }
 
@@ -57,11 +60,7 @@ impl LaneRings {
 
     /// Sends messages to the lane that has a ring, each after a pause. A ring may be moved meanwhile, so all are told;
     /// the others do not know it.
-    fn later(
-        &self,
-        index: usize,
-        steps: Vec<(Duration, fn(usize) -> LaneMessage)>,
-    ) -> JoinHandle<()> {
+    fn later(&self, index: usize, steps: Vec<Step>) -> JoinHandle<()> {
         let placement = Arc::clone(&self.placement);
         self.control.spawn(async move {
             for (pause, message) in steps {
@@ -109,11 +108,7 @@ impl Rings for LaneRings {
     fn stop(&self, index: usize) -> Option<Queue> {
         // The front-end waits for this, and so does the next one.
         let leaves = self.drain.policy == DrainPolicy::Leave && self.kept.load(Ordering::Relaxed);
-        let mut steps: Vec<(Duration, fn(usize) -> LaneMessage)> = Vec::new();
-        match leaves {
-            false => steps.push((self.drain.timeout, hurry)),
-            true => steps.push((self.drain.timeout, leave)),
-        }
+        let mut steps: Vec<Step> = vec![(self.drain.timeout, if leaves { leave } else { hurry })];
         if leaves && self.drain.may_end_paths {
             steps.push((GRACE, hurry));
         }
@@ -126,7 +121,7 @@ impl Rings for LaneRings {
 
     fn suspend(&self, index: usize) -> Option<Queue> {
         // Storage of this machine is waited for: there would be no way back to it.
-        let steps: Vec<(Duration, fn(usize) -> LaneMessage)> = match self.drain.may_end_paths {
+        let steps: Vec<Step> = match self.drain.may_end_paths {
             true => vec![(GRACE, hurry)],
             false => Vec::new(),
         };
@@ -141,7 +136,7 @@ impl Rings for LaneRings {
         let kept = tail.as_ref().is_some_and(Tail::kept);
         self.kept.store(kept, Ordering::Relaxed);
         match tail {
-            // Nobody has sent anything if nobody is there to know.
+            // Without a control plane nothing is known.
             Some(tail) => {
                 let already = self.tell(|done| SessionNews::Region { tail, done });
                 self.placement.begin(already.unwrap_or(true));

@@ -349,6 +349,35 @@ fn a_region_that_comes_with_another_record_has_all_writes_wait_until_nothing_can
 }
 
 #[test]
+fn a_request_of_a_new_region_is_not_taken_for_one_that_had_its_number_before() {
+    // The target holds the first write back, and does not learn that the host is gone.
+    let export = Export::start(&["ram:8M,fault=delay=1500ms:write:count=1"]);
+    let proxy = Proxy::start(export.address());
+    let mut disk = Disk::new();
+    disk.start(&[], &proxy.uri(export.subsystem()));
+    let mut keeper = Keeper::connect(disk.socket(), Setup::default(), KEEP);
+    post(&mut keeper, 0, 0, 0, 1);
+    thread::sleep(WHILE);
+    let lost = Instant::now();
+    proxy.cut_hosts_off();
+    keeper.guest.rings[0].wait(1);
+    assert_eq!(keeper.guest.status(0, 0), OK);
+    // The machine is reset: its first request has the number of the first one before.
+    keeper.guest.frontend.get_vring_base(0).expect("a base");
+    keeper.guest.rings[0].restart(0);
+    keeper.renew();
+    keeper.reconnect(disk.socket());
+    post(&mut keeper, 0, 1, 0, 2);
+    await_status(&keeper.guest, 0, 1);
+    assert!(lost.elapsed() >= FENCED, "{:?}", lost.elapsed());
+    thread::sleep(WHILE);
+    keeper.guest.rings[0].wait(1);
+    let (status, bytes) = keeper.guest.read(0, 0, 4096);
+    assert_eq!(status, OK);
+    assert!(bytes == [2; 4096], "the first write came last");
+}
+
+#[test]
 fn a_local_disk_goes_on_where_a_killed_daemon_was() {
     let directory = Directory::new();
     let image = directory.path("disk.img");
