@@ -89,10 +89,14 @@ pub(crate) fn negotiate_with(
     more: VhostUserProtocolFeatures,
 ) -> (Frontend, u64) {
     let stream = UnixStream::connect(socket).expect("somebody listens");
-    negotiate_over(stream, without)
+    negotiate_over(stream, without, more)
 }
 
-fn negotiate_over(stream: UnixStream, without: u64) -> (Frontend, u64) {
+fn negotiate_over(
+    stream: UnixStream,
+    without: u64,
+    more: VhostUserProtocolFeatures,
+) -> (Frontend, u64) {
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))
         .expect("a time-out");
@@ -132,7 +136,8 @@ impl FrontEnd {
     /// On a socket that is connected already.
     #[track_caller]
     pub(crate) fn over(stream: UnixStream, setup: Setup) -> Self {
-        let (mut frontend, features) = negotiate_over(stream, setup.without);
+        let (mut frontend, features) =
+            negotiate_over(stream, setup.without, VhostUserProtocolFeatures::empty());
         frontend.get_queue_num().expect("GET_QUEUE_NUM");
         let memory = Memory::new();
         frontend

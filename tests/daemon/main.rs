@@ -35,6 +35,7 @@ mod links;
 mod local;
 mod malformed;
 mod multipath;
+mod options;
 mod outages;
 mod program;
 mod protocol;
