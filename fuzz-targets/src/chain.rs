@@ -274,6 +274,7 @@ impl Rig {
     /// Takes one request, as the reference says that there is one.
     fn take(&mut self) {
         let taken = self.queue.take(&mut Vec::new);
+        self.excuse();
         loop {
             let waiting = self.shadow.u16(AVAILABLE + 2).wrapping_sub(self.next);
             let outstanding =
@@ -405,13 +406,18 @@ impl Rig {
         self.compare();
     }
 
-    /// Guest memory is as the reference has it, but for how the device asks for kicks.
-    fn compare(&mut self) {
+    /// How the device asks for kicks is its own affair.
+    fn excuse(&mut self) {
         let mut asks = [0; 2];
         for addr in [USED, USED + 4 + 8 * u64::from(self.terms.size)] {
             self.guest.memory.read(addr, &mut asks);
             self.shadow.write(addr, &asks);
         }
+    }
+
+    /// Guest memory is as the reference has it.
+    fn compare(&mut self) {
+        self.excuse();
         let mut bytes = vec![0; REGION as usize];
         for (start, expected) in REGIONS.iter().zip(&self.shadow.0) {
             self.guest.memory.read(*start, &mut bytes);
