@@ -61,6 +61,9 @@ struct Rig {
     staged: u16,
     published: u16,
     held: Vec<Held>,
+    /// Heads that the driver may not use again: their answers are not published. Those that are
+    /// staged come first.
+    open: Vec<u16>,
     /// Where good requests get their descriptors.
     free: u16,
     broken: bool,
@@ -116,6 +119,7 @@ impl Rig {
             staged: base,
             published: base,
             held: Vec::new(),
+            open: Vec::new(),
             free: 0,
             broken: false,
         }
@@ -277,9 +281,7 @@ impl Rig {
         self.excuse();
         loop {
             let waiting = self.shadow.u16(AVAILABLE + 2).wrapping_sub(self.next);
-            let outstanding =
-                self.held.len() + usize::from(self.staged.wrapping_sub(self.published));
-            let full = outstanding >= usize::from(self.terms.size);
+            let full = self.open.len() >= usize::from(self.terms.size);
             if waiting > self.terms.size || waiting > 0 && full {
                 return self.is_broken(taken, BrokenRing::TooManyAvailable);
             }
@@ -290,11 +292,10 @@ impl Rig {
             let slot = u64::from(self.next % self.terms.size);
             let head = self.shadow.u16(AVAILABLE + 4 + 2 * slot);
             self.next = self.next.wrapping_add(1);
-            let twice = self.held.iter().any(|held| held.head == head);
-            if twice && taken.is_err() {
-                self.broken = true;
-                return;
+            if self.open.contains(&head) {
+                return self.is_broken(taken, BrokenRing::HeadInFlight { head });
             }
+            self.open.push(head);
             match meaning(&self.shadow, &self.terms, head) {
                 Err(reason) => return self.is_broken(taken, reason),
                 Ok(Meaning::Answered(status, at, pieces)) => {
@@ -368,6 +369,9 @@ impl Rig {
         let element = [u32::from(head).to_le_bytes(), len.to_le_bytes()].concat();
         self.shadow.write(USED + 4 + 8 * slot, &element);
         self.staged = self.staged.wrapping_add(1);
+        let at = self.open.iter().rposition(|open| *open == head);
+        let open = self.open.remove(at.expect("it was taken"));
+        self.open.insert(0, open);
     }
 
     /// Finishes one of the requests that are held.
@@ -395,6 +399,8 @@ impl Rig {
         assert!(news || !called, "a call without news");
         if news {
             self.shadow.write(USED + 2, &self.staged.to_le_bytes());
+            let batch = self.staged.wrapping_sub(self.published);
+            self.open.drain(..usize::from(batch));
             self.published = self.staged;
         }
         let more = self.queue.rearm();
