@@ -85,6 +85,12 @@ impl Memory {
         self.map.read_slice(into, from).expect("in memory");
     }
 
+    /// A file for each region.
+    pub(crate) fn files(&self) -> Vec<File> {
+        let files = self.files.iter().map(File::try_clone);
+        files.collect::<Result<_, _>>().expect("descriptors")
+    }
+
     /// As the front-end tells the back-end.
     pub(crate) fn regions(&self) -> Vec<VhostUserMemoryRegionInfo> {
         let regions = REGIONS.iter().zip(&self.files);

@@ -21,17 +21,19 @@ pub mod host;
 mod input;
 mod parcel;
 mod reference;
+pub mod session;
 mod wire;
 
 /// A target: takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// Every target, with the name of its corpus and of its binary.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("framer", framer::run),
     ("host", host::run),
     ("controller", controller::run),
     ("handshake", handshake::run),
     ("connect", connect::run),
     ("chain", chain::run),
+    ("session", session::run),
 ];
