@@ -86,12 +86,13 @@ impl FrontEnd {
     }
 
     /// True when the library has already answered the message that it just refused. It does so for
-    /// whatever its handler refused, and for three requests that it checks itself.
+    /// whatever its handler refused, and for four requests that it checks itself.
     pub(crate) fn has_answered(&self, request: u32) -> bool {
         let checked = [
             FrontendReq::SET_MEM_TABLE,
             FrontendReq::SET_CONFIG,
             FrontendReq::SET_BACKEND_REQ_FD,
+            FrontendReq::GPU_SET_SOCKET,
         ];
         let has = |feature: VhostUserProtocolFeatures| self.protocol_features & feature.bits() != 0;
         let negotiated = |request| match request {

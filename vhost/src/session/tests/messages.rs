@@ -186,3 +186,23 @@ fn a_shut_down_stream_ends_the_session() {
         .expect("shut down");
     thread.join().expect("no panic").expect("orderly");
 }
+
+#[test]
+fn a_refusal_is_said_once_whoever_finds_the_fault() {
+    let mut bench = Bench::new();
+    bench.negotiate();
+    // No descriptor comes with any of them; the library checks some itself.
+    for request in [
+        FrontendReq::SET_MEM_TABLE,
+        FrontendReq::SET_CONFIG,
+        FrontendReq::SET_BACKEND_REQ_FD,
+        FrontendReq::GPU_SET_SOCKET,
+        FrontendReq::SET_INFLIGHT_FD,
+        FrontendReq::ADD_MEM_REG,
+        FrontendReq::SET_DEVICE_STATE_FD,
+    ] {
+        bench.refused(request as u32, &[]);
+        // Another answer to it would be taken for this one.
+        bench.goes_on();
+    }
+}
