@@ -133,6 +133,7 @@ impl Device {
             | bit(VIRTIO_BLK_F_CONFIG_WCE)
             | bit(VIRTIO_BLK_F_DISCARD)
             | bit(VIRTIO_BLK_F_WRITE_ZEROES)
+            | VhostUserVirtioFeatures::LOG_ALL.bits()
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         if self.options.read_only {
             features |= bit(VIRTIO_BLK_F_RO);
@@ -177,6 +178,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT
         | VhostUserProtocolFeatures::from_bits_retain(GET_VRING_BASE_SKIP_DRAIN)
+        | VhostUserProtocolFeatures::LOG_SHMFD
 }
 
 /// The mask of a feature that the specification gives as a bit number.

@@ -160,6 +160,7 @@ impl Guest {
             err: None,
             write_through: false,
             part: Part::private(SIZE).expect("memory"),
+            log: None,
             complaints: Arc::default(),
         }
     }
