@@ -40,6 +40,9 @@ const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 /// Bytes of the description of a log: size, offset.
 const LOG: usize = 16;
 
+/// Answer to a transfer of the device's state that does not take place: an error, and no descriptor.
+const STATE_REFUSED: u64 = 0x101;
+
 /// How often to look again for the rest of a message that did not arrive at once.
 const RECHECK: Timespec = Timespec {
     tv_sec: 0,
@@ -273,7 +276,7 @@ impl Channel {
 
     /// Tells the front-end that its message was refused, where the protocol has a way to: a
     /// configuration without payload for GET_CONFIG, a region without size, which is none, for
-    /// GET_INFLIGHT_FD, a non-zero acknowledgement for what asks for
+    /// GET_INFLIGHT_FD, no descriptor for SET_DEVICE_STATE_FD, a non-zero acknowledgement for what asks for
     /// one once acknowledgements are negotiated.
     pub(crate) fn refuse(&mut self, message: &Message, acknowledge: bool) -> io::Result<()> {
         if message.request == FrontendReq::GET_CONFIG as u32 {
@@ -282,6 +285,8 @@ impl Channel {
             self.reply(message.request, &payload)
         } else if message.request == FrontendReq::GET_INFLIGHT_FD as u32 {
             self.reply(message.request, &[0; INFLIGHT])
+        } else if message.request == FrontendReq::SET_DEVICE_STATE_FD as u32 {
+            self.reply(message.request, &STATE_REFUSED.to_le_bytes())
         } else if acknowledge && message.flags & NEED_REPLY != 0 {
             self.reply(message.request, &1_u64.to_le_bytes())
         } else {

@@ -57,6 +57,8 @@ pub struct DeviceOptions {
     pub write_zeroes_may_unmap: bool,
     /// Answer to VIRTIO_BLK_T_GET_ID, padded with zero bytes.
     pub serial: [u8; 20],
+    /// Tells the storage from all other, whatever leads to it, so that a guest is not moved to other data.
+    pub identity: Option<[u8; 16]>,
 }
 
 /// A device, shared by the sessions that serve it and by its queues.
@@ -179,6 +181,7 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT
         | VhostUserProtocolFeatures::from_bits_retain(GET_VRING_BASE_SKIP_DRAIN)
         | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
 }
 
 /// The mask of a feature that the specification gives as a bit number.

@@ -27,6 +27,7 @@ use crate::queue::{Queue, QueueSetup, QueueUpdate};
 use crate::session::Rings;
 use crate::vring::{Kick, MAX_RING_SIZE, RingAddresses, Signal, Vring};
 
+mod device_state;
 mod inflight;
 mod log;
 
@@ -48,6 +49,8 @@ pub(crate) struct FrontEnd {
     writeback: u8,
     /// What is marked where while a guest is migrated.
     logging: log::Logging,
+    /// The state of the device on its way to the front-end or back.
+    transfer: Option<device_state::Transfer>,
     /// The handler of the message at hand was reached, so the library answers for it.
     answered: bool,
     /// A descriptor that came with the message at hand.
@@ -78,6 +81,7 @@ impl FrontEnd {
             inflight: InflightRegion::default(),
             writeback: 1,
             logging: log::Logging::default(),
+            transfer: None,
             answered: false,
             backend_channel: None,
         }
@@ -543,17 +547,17 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _file: File,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
+        file: File,
     ) -> VhostResult<Option<File>> {
         self.answered = true;
-        not_offered()
+        self.begin_transfer(direction, phase, file).map(|()| None)
     }
 
     fn check_device_state(&mut self) -> VhostResult<()> {
         self.answered = true;
-        not_offered()
+        self.end_transfer()
     }
 
     fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {

@@ -20,6 +20,7 @@ mod channel;
 mod complaints;
 mod descriptors;
 mod device;
+mod device_state;
 mod dirty;
 mod front_end;
 mod generation;

@@ -23,6 +23,7 @@ use crate::guest::{
 use crate::{BlkStatus, Operation, Request, Token};
 
 mod configuration;
+mod device_state;
 mod inflight;
 mod memory;
 mod messages;

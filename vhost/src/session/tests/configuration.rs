@@ -14,8 +14,8 @@ fn the_offer_is_what_is_implemented() {
     bench.send(FrontendReq::GET_PROTOCOL_FEATURES as u32, 1, &[]);
     let (_, _, protocol) = bench.receive();
     // MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS,
-    // GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN.
-    let bits = [0, 1, 3, 5, 9, 12, 13, 15, 20, 23];
+    // DEVICE_STATE, GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN.
+    let bits = [0, 1, 3, 5, 9, 12, 13, 15, 19, 20, 23];
     let offer = bits.iter().map(|bit| 1 << bit).sum::<u64>();
     assert_eq!(protocol, offer.to_le_bytes());
     let protocol = bench
