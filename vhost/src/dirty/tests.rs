@@ -364,6 +364,8 @@ impl Migration {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
     #[test]
     fn a_copy_of_what_is_marked_is_what_the_guest_has_at_the_end(
         steps in steps(),
