@@ -14,6 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use tempfile::TempDir;
 
 use crate::artifacts::artifacts;
@@ -138,7 +139,7 @@ impl Guest {
     /// When it does not come up.
     pub fn boot(options: &GuestOptions) -> Result<Self> {
         let start = Instant::now();
-        let mut guest = Self::launch(options, None)?;
+        let mut guest = Self::launch(options, false)?;
         if let Err(error) = guest.wait_for_boot(BOOT_LIMIT) {
             // The caller gets no guest whose drop could show this.
             eprintln!("{}", guest.console_tail(SHOWN_CONSOLE_LINES));
@@ -157,7 +158,11 @@ impl Guest {
     /// # Errors
     /// When QEMU does not start.
     pub fn incoming(options: &GuestOptions, uri: &str) -> Result<Self> {
-        Self::launch(options, Some(uri))
+        let guest = Self::launch(options, true)?;
+        // It listens there when this is answered.
+        let uri = json!({ "uri": uri });
+        guest.monitor()?.execute("migrate-incoming", &uri)?;
+        Ok(guest)
     }
 
     /// Goes on with the scripts of the machine that this one was before it was migrated.
@@ -176,7 +181,7 @@ impl Guest {
         Monitor::connect(&self.monitor)
     }
 
-    fn launch(options: &GuestOptions, incoming: Option<&str>) -> Result<Self> {
+    fn launch(options: &GuestOptions, incoming: bool) -> Result<Self> {
         let artifacts = artifacts()?;
         let directory = tempfile::Builder::new().prefix("guest-").tempdir()?;
         let initramfs = directory.path().join("initramfs");
@@ -253,8 +258,8 @@ impl Guest {
             command.args(["-device", "virtio-net-pci,netdev=network"]);
         }
         command.args(&options.arguments);
-        if let Some(uri) = incoming {
-            command.args(["-incoming", uri]);
+        if incoming {
+            command.args(["-incoming", "defer"]);
         }
 
         let mut qemu = Daemon::start("QEMU", &command)?;
