@@ -11,23 +11,29 @@
     reason = "a broken promise is to end the run"
 )]
 
+pub mod chain;
 pub mod connect;
 pub mod controller;
 pub mod framer;
+mod guest;
 pub mod handshake;
 pub mod host;
 mod input;
 mod parcel;
+mod reference;
+pub mod session;
 mod wire;
 
 /// A target: takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// Every target, with the name of its corpus and of its binary.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("framer", framer::run),
     ("host", host::run),
     ("controller", controller::run),
     ("handshake", handshake::run),
     ("connect", connect::run),
+    ("chain", chain::run),
+    ("session", session::run),
 ];

@@ -135,7 +135,7 @@ macro_rules! targets {
     };
 }
 
-targets! { framer host controller handshake connect }
+targets! { framer host controller handshake connect chain session }
 
 #[test]
 fn the_measure_measures() {

@@ -1,4 +1,5 @@
-//! First inputs of the corpora, made of the captured connections in `nvmf/tests/wire`.
+//! First inputs of the corpora, made of the captured connections in `nvmf/tests/wire`, and by hand for what a guest
+//! and its VMM say.
 //!
 //! `cargo test -p fuzz-targets --test seeds -- --ignored` writes them anew, after a change of what the
 //! bytes mean.
@@ -62,6 +63,83 @@ fn write(target: &str, name: &str, input: &[u8]) {
     std::fs::write(root.join(target).join(name), input).unwrap();
 }
 
+/// A chain in the ring's own table: places and lengths by their number in the target, or a length as it is.
+fn chain(buffers: &[(u8, Len, u8)]) -> Vec<u8> {
+    let mut program = Vec::new();
+    for (at, (place, len, flags)) in (0..).zip(buffers) {
+        program.extend([4, 0, at, 0, *place]);
+        match len {
+            Len::Number(number) => program.extend([0, *number]),
+            Len::Bytes(bytes) => {
+                program.push(0xf0);
+                program.extend(bytes.to_le_bytes());
+            }
+        }
+        program.extend([*flags, at + 1]);
+    }
+    // Offered, taken, finished, published.
+    program.extend([8, 0, 14, 11, 0, 13]);
+    program
+}
+
+#[derive(Clone, Copy)]
+enum Len {
+    Number(u8),
+    Bytes(u32),
+}
+
+/// Rings at the edges of what is allowed.
+fn write_chains() {
+    const NEXT: u8 = 1;
+    const WRITE: u8 = 2;
+    let start = [0, 0, 0];
+    let status = (2, Len::Number(1), WRITE);
+    for kind in 0..8 {
+        for segments in 0..6 {
+            let mut buffers = vec![(0, Len::Number(0), NEXT)];
+            buffers.resize(1 + segments, (1, Len::Number(0), NEXT));
+            buffers.push(status);
+            let said = [6, kind, 1, 0, 7, 1, 1, 0, 0];
+            let program = [&start[..], &said, &chain(&buffers)].concat();
+            write(
+                "chain",
+                &format!("kind-{kind}-segments-{segments}"),
+                &program,
+            );
+        }
+    }
+    for len in [u32::MAX - 17, u32::MAX - 16, u32::MAX] {
+        let long = (1, Len::Bytes(len), NEXT);
+        let buffers = [(0, Len::Number(0), NEXT), long, status];
+        let program = [&start[..], &chain(&buffers)].concat();
+        write("chain", &format!("length-{len:x}"), &program);
+    }
+    for len in [16, 64, 0x000f_fff0, 0x0010_0000] {
+        let table = (3, Len::Bytes(len), 4);
+        let program = [&start[..], &chain(&[table])].concat();
+        write("chain", &format!("table-{len:x}"), &program);
+    }
+    // Every request that a driver makes, in the ring and in a table, and again before it is answered.
+    for kind in 0..8 {
+        let good = |indirect| [0, kind, 1, indirect, 1, 2, 2, 14];
+        let both = [good(0), good(1)].concat();
+        let program = [&start[..], &both, &[8, 0, 14, 11, 0, 13, 14]].concat();
+        write("chain", &format!("good-{kind}"), &program);
+    }
+}
+
+/// Sessions with a running ring, and every request behind that.
+fn write_sessions() {
+    let run = [0, 0, 0xff];
+    for request in 0..50 {
+        // Right, asked to be acknowledged, with a descriptor that has no place there.
+        let choice = 0x96 + request;
+        let message = [choice, 0, 0, 0, 0, 0, 1, 0, 0];
+        let program = [&[0][..], &run, &message, &run, &message].concat();
+        write("session", &format!("request-{request}"), &program);
+    }
+}
+
 #[test]
 #[ignore = "writes into the tree"]
 fn written_anew() {
@@ -102,6 +180,8 @@ fn written_anew() {
         write("host", name, &host);
         write("controller", name, &controller);
     }
+    write_chains();
+    write_sessions();
     // A good Connect, and then commands: properties read and set, Identify, log pages, features.
     let good = [0, 0, 0];
     let enable = [1, 1, 0, 1, 0, 0];

@@ -14,11 +14,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use tempfile::TempDir;
 
 use crate::artifacts::artifacts;
 use crate::channel::{PORT_NAME, Reply, Request};
 use crate::daemon::Daemon;
+use crate::monitor::Monitor;
 use crate::network;
 
 /// An emulated machine takes 5 seconds. One with several processors now and then stalls for a minute or two after a reset on a
@@ -59,6 +61,8 @@ pub struct GuestOptions {
     pub entrance: Vec<String>,
     /// TCP ports of the guest that this machine reaches on its loopback, at [`Guest::forwarded`]. They take a network card.
     pub forward: Vec<u16>,
+    /// It can be migrated. Its root disk is a virtio disk then, behind those under test, since QEMU cannot migrate its NVMe device.
+    pub migratable: bool,
     /// Further arguments of QEMU, as they are.
     pub arguments: Vec<String>,
 }
@@ -72,6 +76,7 @@ impl Default for GuestOptions {
             network: false,
             entrance: Vec::new(),
             forward: Vec::new(),
+            migratable: false,
             arguments: Vec::new(),
         }
     }
@@ -100,6 +105,7 @@ pub struct Job {
 pub struct Guest {
     qemu: Daemon,
     console: PathBuf,
+    monitor: PathBuf,
     to_agent: UnixStream,
     heard: Arc<Heard>,
     boots: usize,
@@ -132,8 +138,51 @@ impl Guest {
     /// # Errors
     /// When it does not come up.
     pub fn boot(options: &GuestOptions) -> Result<Self> {
-        let artifacts = artifacts()?;
         let start = Instant::now();
+        let mut guest = Self::launch(options, false)?;
+        if let Err(error) = guest.wait_for_boot(BOOT_LIMIT) {
+            // The caller gets no guest whose drop could show this.
+            eprintln!("{}", guest.console_tail(SHOWN_CONSOLE_LINES));
+            return Err(error);
+        }
+        if options.network || !guest.forwarded.is_empty() {
+            guest.sh(NETWORK_UP).context("the guest's network")?;
+        }
+        eprintln!("  guest up after {:.1} s", start.elapsed().as_secs_f32());
+        Ok(guest)
+    }
+
+    /// Starts a machine that waits for another one of the same options, disks apart, to be migrated to it from `uri`.
+    /// Once it is there: [`Guest::take_over`].
+    ///
+    /// # Errors
+    /// When QEMU does not start.
+    pub fn incoming(options: &GuestOptions, uri: &str) -> Result<Self> {
+        let guest = Self::launch(options, true)?;
+        // It listens there when this is answered.
+        let uri = json!({ "uri": uri });
+        guest.monitor()?.execute("migrate-incoming", &uri)?;
+        Ok(guest)
+    }
+
+    /// Goes on with the scripts of the machine that this one was before it was migrated.
+    pub fn take_over(&mut self, source: &Self) {
+        self.next_id = source.next_id;
+        // What the agent said there is not said again here.
+        let outputs = std::mem::take(&mut source.heard.lock().outputs);
+        self.heard.lock().outputs.extend(outputs);
+    }
+
+    /// QEMU's monitor.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn monitor(&self) -> Result<Monitor> {
+        Monitor::connect(&self.monitor)
+    }
+
+    fn launch(options: &GuestOptions, incoming: bool) -> Result<Self> {
+        let artifacts = artifacts()?;
         let directory = tempfile::Builder::new().prefix("guest-").tempdir()?;
         let initramfs = directory.path().join("initramfs");
         fs::write(&initramfs, &artifacts.initramfs)?;
@@ -165,17 +214,21 @@ impl Guest {
             .arg(&artifacts.kernel)
             .arg("-initrd")
             .arg(&initramfs);
-        command.args([
-            "-append",
-            "console=ttyS0 loglevel=6 panic=-1 root=/dev/nvme0n1 ro init=/run/guest-agent",
-        ]);
+        command.args(["-append", &kernel_arguments(options)]);
         command.args(["-serial", &format!("file:{}", console.display())]);
+        let monitor = directory.path().join("monitor.sock");
+        command.args([
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", monitor.display()),
+        ]);
         let root = artifacts.root.display();
         command.args([
             "-drive",
             &format!("if=none,id=root,format=raw,readonly=on,file={root}"),
         ]);
-        command.args(["-device", "nvme,drive=root,serial=root"]);
+        if !options.migratable {
+            command.args(["-device", "nvme,drive=root,serial=root"]);
+        }
         command.args(["-device", "virtio-serial-pci"]);
         command.args([
             "-chardev",
@@ -196,19 +249,26 @@ impl Guest {
                 &format!("vhost-user-blk-pci,chardev=disk{index},num-queues={queues}"),
             ]);
         }
+        if options.migratable {
+            command.args(["-device", "virtio-blk-pci,drive=root,serial=root"]);
+        }
         let forwarded = forwarded(&options.forward)?;
         if options.network || !forwarded.is_empty() {
             command.args(["-netdev", &user_network(&forwarded)]);
             command.args(["-device", "virtio-net-pci,netdev=network"]);
         }
         command.args(&options.arguments);
+        if incoming {
+            command.args(["-incoming", "defer"]);
+        }
 
         let mut qemu = Daemon::start("QEMU", &command)?;
         let to_agent = accept(&listener, &mut qemu)?;
         let heard = Heard::follow(to_agent.try_clone()?);
-        let mut guest = Self {
+        Ok(Self {
             qemu,
             console,
+            monitor,
             to_agent,
             heard,
             boots: 0,
@@ -216,17 +276,7 @@ impl Guest {
             silent: false,
             forwarded,
             _directory: directory,
-        };
-        if let Err(error) = guest.wait_for_boot(BOOT_LIMIT) {
-            // The caller gets no guest whose drop could show this.
-            eprintln!("{}", guest.console_tail(SHOWN_CONSOLE_LINES));
-            return Err(error);
-        }
-        if options.network || !guest.forwarded.is_empty() {
-            guest.sh(NETWORK_UP).context("the guest's network")?;
-        }
-        eprintln!("  guest up after {:.1} s", start.elapsed().as_secs_f32());
-        Ok(guest)
+        })
     }
 
     /// Where this machine reaches a port of [`GuestOptions::forward`].
@@ -420,6 +470,16 @@ impl Guest {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
+}
+
+/// What the kernel is told; its root is the NVMe device, or the virtio disk behind those under test.
+fn kernel_arguments(options: &GuestOptions) -> String {
+    let behind = |count: usize| (b'a'..=b'z').nth(count).map_or('z', char::from);
+    let root = match options.migratable {
+        true => format!("vd{}", behind(options.disks.len())),
+        false => "nvme0n1".to_owned(),
+    };
+    format!("console=ttyS0 loglevel=6 panic=-1 root=/dev/{root} ro init=/run/guest-agent")
 }
 
 /// A free port of the loopback for each port of the guest. Nothing holds it until QEMU takes it, a moment later.

@@ -68,6 +68,7 @@ pub(crate) fn device_options(
         max_write_zeroes_seg: MAX_WRITE_ZEROES_RANGES,
         write_zeroes_may_unmap: true,
         serial,
+        identity: identity(namespace),
     }
 }
 
@@ -87,6 +88,16 @@ fn physical_block_exp(block_size: u32, granularity: u32) -> u8 {
     };
     // A power of two of at most 8.
     blocks.trailing_zeros() as u8
+}
+
+/// What the namespace is, as far as it says: its UUID, NGUID or EUI-64.
+fn identity(namespace: &NamespaceInfo) -> Option<[u8; 16]> {
+    let eui64 = || {
+        let eui64 = namespace.eui64?;
+        Some((u128::from(u64::from_be_bytes(eui64)) << 64).to_be_bytes())
+    };
+    let uuid = namespace.uuid.map(Uuid::into_bytes);
+    uuid.or(namespace.nguid).or_else(eui64)
 }
 
 /// A serial of 20 hex digits that stays the same for the namespace, whatever path leads to it:

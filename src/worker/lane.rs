@@ -427,8 +427,7 @@ impl DeviceLane {
             Ok(()) => self.issue(),
             // There was room before the request was taken.
             Err((guest, operation)) => {
-                self.storage.keep(operation);
-                self.answer(guest, BlkStatus::IoError);
+                self.answer(guest, operation, BlkStatus::IoError);
             }
         }
         bytes
@@ -464,20 +463,20 @@ impl DeviceLane {
                 counters.errors.add(1);
                 self.failures.note(&self.name, outcome);
             }
-            self.storage.keep(operation);
-            self.answer(guest, status);
+            self.answer(guest, operation, status);
         }
     }
 
-    fn answer(&mut self, guest: Guest, status: BlkStatus) {
+    fn answer(&mut self, guest: Guest, operation: Operation, status: BlkStatus) {
         let Guest { ring, token, .. } = guest;
         if let Some(ring) = self
             .rings
             .iter_mut()
             .find(|candidate| candidate.index == ring)
         {
-            ring.queue.finish(token, status);
+            ring.queue.finish(token, &operation, status);
         }
+        self.storage.keep(operation);
     }
 
     /// Shows every guest what was answered, and gives back the rings that are done.

@@ -37,6 +37,7 @@ mod links;
 mod local;
 mod malformed;
 mod multipath;
+mod options;
 mod outages;
 mod program;
 mod protocol;

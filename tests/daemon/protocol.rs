@@ -18,12 +18,12 @@ use crate::ring::{into, out};
 #[test]
 fn the_features_on_offer_are_exactly_these() {
     let bits = |bits: &[u32]| bits.iter().fold(0_u64, |all, bit| all | 1 << bit);
-    // SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, INDIRECT_DESC,
-    // EVENT_IDX, the vhost-user bit for protocol features, VERSION_1.
-    let expected = bits(&[2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 30, 32]);
-    // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS,
-    // GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN.
-    let protocol = bits(&[0, 3, 5, 9, 12, 13, 15, 20, 23]);
+    // SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES,
+    // the bit that has writes logged, INDIRECT_DESC, EVENT_IDX, the vhost-user bit for protocol features, VERSION_1.
+    let expected = bits(&[2, 6, 9, 10, 11, 12, 13, 14, 26, 28, 29, 30, 32]);
+    // MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS,
+    // DEVICE_STATE, GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN.
+    let protocol = bits(&[0, 1, 3, 5, 9, 12, 13, 15, 19, 20, 23]);
     let export = Export::start(&["ram:8M", "ram:8M,block-size=4096"]);
     for uri in &export.uris {
         for (args, expected) in [

@@ -171,7 +171,7 @@ impl Chain {
     }
 
     /// Calls `each` with the address and length of every piece of `len` bytes at `skip`.
-    fn for_range(
+    pub(crate) fn for_range(
         &self,
         half: Half,
         mut skip: u64,

@@ -37,6 +37,12 @@ const INFLIGHT: usize = 24;
 /// The request to stop a ring and leave its requests in flight, which the library does not know.
 const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 
+/// Bytes of the description of a log: size, offset.
+const LOG: usize = 16;
+
+/// Answer to a transfer of the device's state that does not take place: an error, and no descriptor.
+const STATE_REFUSED: u64 = 0x101;
+
 /// How often to look again for the rest of a message that did not arrive at once.
 const RECHECK: Timespec = Timespec {
     tv_sec: 0,
@@ -58,8 +64,8 @@ pub(crate) struct Message {
     with_files: bool,
     /// All of it has arrived.
     pub(crate) whole: bool,
-    /// Another descriptor of the backend channel that comes with it, if one does.
-    pub(crate) backend_channel: Option<OwnedFd>,
+    /// A descriptor that comes with it, of those that the library has no use for, or not enough.
+    pub(crate) file: Option<OwnedFd>,
     /// Start of the body, zero where there is none.
     start: [u8; CONFIG_PAYLOAD],
 }
@@ -165,8 +171,10 @@ impl Channel {
         let present = seen.min(most).saturating_sub(HEADER).min(CONFIG_PAYLOAD);
         start[..present].copy_from_slice(&self.peeked[HEADER..HEADER + present]);
         let with_files = files && seen <= most;
-        let backend_channel = match FrontendReq::try_from(request) {
-            Ok(FrontendReq::SET_BACKEND_REQ_FD) if with_files => self.file()?,
+        let file = match FrontendReq::try_from(request) {
+            Ok(FrontendReq::SET_BACKEND_REQ_FD | FrontendReq::SET_LOG_FD) if with_files => {
+                self.file()?
+            }
             _ => None,
         };
         Ok(Some(Message {
@@ -175,7 +183,7 @@ impl Channel {
             size,
             with_files,
             whole,
-            backend_channel,
+            file,
             start,
         }))
     }
@@ -253,9 +261,22 @@ impl Channel {
         self.reply(message.request, &payload)
     }
 
+    /// Tells the front-end that its message was carried out, where it wants to know.
+    pub(crate) fn accept(&mut self, message: &Message, acknowledge: bool) -> io::Result<()> {
+        match acknowledge && message.flags & NEED_REPLY != 0 {
+            true => self.reply(message.request, &0_u64.to_le_bytes()),
+            false => Ok(()),
+        }
+    }
+
+    /// Answers SET_LOG_BASE, for whose answer a front-end waits in any case, with a log of no bytes.
+    pub(crate) fn refuse_log(&mut self, message: &Message) -> io::Result<()> {
+        self.reply(message.request, &[0; LOG])
+    }
+
     /// Tells the front-end that its message was refused, where the protocol has a way to: a
     /// configuration without payload for GET_CONFIG, a region without size, which is none, for
-    /// GET_INFLIGHT_FD, a non-zero acknowledgement for what asks for
+    /// GET_INFLIGHT_FD, no descriptor for SET_DEVICE_STATE_FD, a non-zero acknowledgement for what asks for
     /// one once acknowledgements are negotiated.
     pub(crate) fn refuse(&mut self, message: &Message, acknowledge: bool) -> io::Result<()> {
         if message.request == FrontendReq::GET_CONFIG as u32 {
@@ -264,6 +285,8 @@ impl Channel {
             self.reply(message.request, &payload)
         } else if message.request == FrontendReq::GET_INFLIGHT_FD as u32 {
             self.reply(message.request, &[0; INFLIGHT])
+        } else if message.request == FrontendReq::SET_DEVICE_STATE_FD as u32 {
+            self.reply(message.request, &STATE_REFUSED.to_le_bytes())
         } else if acknowledge && message.flags & NEED_REPLY != 0 {
             self.reply(message.request, &1_u64.to_le_bytes())
         } else {

@@ -57,6 +57,8 @@ pub struct DeviceOptions {
     pub write_zeroes_may_unmap: bool,
     /// Answer to VIRTIO_BLK_T_GET_ID, padded with zero bytes.
     pub serial: [u8; 20],
+    /// Tells the storage from all other, whatever leads to it, so that a guest is not moved to other data.
+    pub identity: Option<[u8; 16]>,
 }
 
 /// A device, shared by the sessions that serve it and by its queues.
@@ -133,6 +135,7 @@ impl Device {
             | bit(VIRTIO_BLK_F_CONFIG_WCE)
             | bit(VIRTIO_BLK_F_DISCARD)
             | bit(VIRTIO_BLK_F_WRITE_ZEROES)
+            | VhostUserVirtioFeatures::LOG_ALL.bits()
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         if self.options.read_only {
             features |= bit(VIRTIO_BLK_F_RO);
@@ -177,6 +180,8 @@ pub(crate) fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT
         | VhostUserProtocolFeatures::from_bits_retain(GET_VRING_BASE_SKIP_DRAIN)
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
 }
 
 /// The mask of a feature that the specification gives as a bit number.

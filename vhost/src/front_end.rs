@@ -28,7 +28,9 @@ use crate::session::Rings;
 use crate::vring::{Kick, MAX_RING_SIZE, RingAddresses, Signal, Vring};
 
 mod cache_mode;
+mod device_state;
 mod inflight;
+mod log;
 
 /// The state of a session, changed by one request after another.
 pub(crate) struct FrontEnd {
@@ -46,6 +48,10 @@ pub(crate) struct FrontEnd {
     inflight: InflightRegion,
     /// What the driver last wrote to the configuration, 1 until it does.
     writeback: u8,
+    /// What is marked where while a guest is migrated.
+    logging: log::Logging,
+    /// The state of the device on its way to the front-end or back.
+    transfer: Option<device_state::Transfer>,
     /// The handler of the message at hand was reached, so the library answers for it.
     answered: bool,
     /// A descriptor that came with the message at hand.
@@ -75,6 +81,8 @@ impl FrontEnd {
             vrings: std::iter::repeat_with(Vring::default).take(count).collect(),
             inflight: InflightRegion::default(),
             writeback: 1,
+            logging: log::Logging::default(),
+            transfer: None,
             answered: false,
             backend_channel: None,
         }
@@ -87,12 +95,13 @@ impl FrontEnd {
     }
 
     /// True when the library has already answered the message that it just refused. It does so for
-    /// whatever its handler refused, and for three requests that it checks itself.
+    /// whatever its handler refused, and for four requests that it checks itself.
     pub(crate) fn has_answered(&self, request: u32) -> bool {
         let checked = [
             FrontendReq::SET_MEM_TABLE,
             FrontendReq::SET_CONFIG,
             FrontendReq::SET_BACKEND_REQ_FD,
+            FrontendReq::GPU_SET_SOCKET,
         ];
         let has = |feature: VhostUserProtocolFeatures| self.protocol_features & feature.bits() != 0;
         let negotiated = |request| match request {
@@ -147,7 +156,10 @@ impl FrontEnd {
 
     /// Starts ring `at` if it has all that it needs and is not running.
     fn start_if_ready(&mut self, at: usize) -> VhostResult<()> {
-        let write_through = self.write_through();
+        if self.must_not_write() {
+            return Ok(());
+        }
+        let (write_through, log) = (self.write_through(), self.ring_log(at));
         let idle = self.vrings.get(at).filter(|vring| !vring.running);
         let ready = idle.and_then(|vring| Some((vring.runs_at()?, vring.size)));
         let (Some(features), Some((addresses, size))) = (self.features, ready) else {
@@ -170,6 +182,7 @@ impl FrontEnd {
             err: vring.err.clone(),
             write_through,
             part,
+            log,
             complaints: Arc::clone(&self.complaints),
         };
         let queue = Queue::new(setup).map_err(|reason| refuse(format!("ring {at}: {reason}")))?;
@@ -298,9 +311,15 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
                 "the driver did not accept VIRTIO_F_VERSION_1: legacy drivers are not supported",
             ));
         }
-        if self.features != Some(features) {
+        if log::differ(self.features, features) {
             self.stop_all();
-            self.features = Some(features);
+        }
+        let before = self.features.replace(features);
+        if before != Some(features) {
+            self.update_logs();
+        }
+        if self.must_not_write() {
+            self.hold_rings();
         }
         // Without protocol features there is no message to enable a ring with.
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
@@ -337,11 +356,11 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> VhostResult<()> {
         self.answered = true;
         let memory = Arc::clone(&self.memory);
@@ -354,13 +373,20 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
             available: guest_addr(available)?,
             used: guest_addr(used)?,
         };
+        let log_addr =
+            Some(log).filter(|_| flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG));
         let (at, vring) = self.vring(index)?;
-        if vring.addresses == Some(addresses) {
-            return Ok(());
+        let moved = vring.addresses != Some(addresses);
+        let logged = std::mem::replace(&mut vring.log_addr, log_addr);
+        if moved {
+            self.stop(at);
+            self.vrings[at].addresses = Some(addresses);
+            self.start_if_ready(at)?;
         }
-        self.stop(at);
-        self.vrings[at].addresses = Some(addresses);
-        self.start_if_ready(at)
+        if logged != log_addr {
+            self.update_log(at);
+        }
+        Ok(())
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> VhostResult<()> {
@@ -524,24 +550,24 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _file: File,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
+        file: File,
     ) -> VhostResult<Option<File>> {
         self.answered = true;
-        not_offered()
+        self.begin_transfer(direction, phase, file).map(|()| None)
     }
 
     fn check_device_state(&mut self) -> VhostResult<()> {
         self.answered = true;
-        not_offered()
+        self.end_transfer()
     }
 
     fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {
         not_offered()
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
-        not_offered()
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> VhostResult<()> {
+        self.share_log(log, &file)
     }
 }

@@ -115,6 +115,7 @@ pub(crate) fn options() -> DeviceOptions {
         max_write_zeroes_seg: 2,
         write_zeroes_may_unmap: true,
         serial: *b"SERIAL-OF-THE-DISK-1",
+        identity: None,
     }
 }
 
@@ -160,6 +161,7 @@ impl Guest {
             err: None,
             write_through: false,
             part: Part::private(SIZE).expect("memory"),
+            log: None,
             complaints: Arc::default(),
         }
     }

@@ -124,7 +124,7 @@ pub struct Region {
 
 impl Region {
     /// Checks what can be checked of a region before it is mapped.
-    fn check(spec: RegionSpec, file: &File) -> Result<Stat, MemoryError> {
+    pub(crate) fn check(spec: RegionSpec, file: &File) -> Result<Stat, MemoryError> {
         let RegionSpec {
             guest_addr,
             user_addr,
@@ -146,7 +146,7 @@ impl Region {
     }
 
     /// Maps a region that was checked.
-    fn map(spec: RegionSpec, file: &File, stat: &Stat) -> Result<Self, MemoryError> {
+    pub(crate) fn map(spec: RegionSpec, file: &File, stat: &Stat) -> Result<Self, MemoryError> {
         let RegionSpec {
             guest_addr,
             size,

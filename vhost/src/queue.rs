@@ -15,6 +15,7 @@ use crate::chain::{BrokenRing, Chain};
 use crate::complaints::Complaints;
 use crate::descriptors::Descriptors;
 use crate::device::{Device, has};
+use crate::dirty::RingLog;
 use crate::generation::Generations;
 use crate::inflight::{Part, Tracking};
 use crate::memory::GuestMap;
@@ -57,6 +58,8 @@ pub enum QueueUpdate {
     Memory(Arc<GuestMap>),
     /// Whether writes have to be durable before they are answered.
     WriteThrough(bool),
+    /// Another log of what is written to guest memory, or none. The one before is not touched any more.
+    Log(Option<RingLog>),
 }
 
 /// All that a queue is made from.
@@ -74,6 +77,7 @@ pub(crate) struct QueueSetup {
     pub(crate) err: Option<Signal>,
     pub(crate) write_through: bool,
     pub(crate) part: Part,
+    pub(crate) log: Option<RingLog>,
     pub(crate) complaints: Arc<Complaints>,
 }
 
@@ -102,6 +106,8 @@ pub struct Queue {
     call: Option<Signal>,
     err: Option<Signal>,
     write_through: bool,
+    /// Where writes to guest memory are marked, while they are.
+    log: Option<RingLog>,
     /// The driver was asked to kick.
     armed: bool,
     /// An earlier life of the ring may have answered requests and not called the driver.
@@ -157,6 +163,7 @@ impl Queue {
             call: setup.call,
             err: setup.err,
             write_through: setup.write_through,
+            log: setup.log,
             armed: true,
             broken: None,
             complaints: setup.complaints,
@@ -203,6 +210,7 @@ impl Queue {
             }
             QueueUpdate::Err(signal) => self.err = signal,
             QueueUpdate::WriteThrough(on) => self.write_through = on,
+            QueueUpdate::Log(log) => self.log = log,
             QueueUpdate::Memory(map) => self.replace_memory(map),
         }
     }
@@ -281,7 +289,10 @@ impl Queue {
                 Err(NotTaken::Answer(status, written)) => {
                     self.answer_now(status_addr, status, written)?;
                 }
-                Err(NotTaken::Broken(reason)) => return Err(reason),
+                Err(NotTaken::Broken(reason)) => {
+                    self.mark_attempt();
+                    return Err(reason);
+                }
             }
         }
         Ok(None)
@@ -293,6 +304,7 @@ impl Queue {
             self.ring
                 .disable_notification(&*self.home)
                 .map_err(ring_error)?;
+            self.mark_notification();
         }
         Ok(())
     }
@@ -348,7 +360,9 @@ impl Queue {
             .current()
             .write_at(status_addr, &[status.byte()])
             .map_err(|_| BrokenRing::OutsideMemory { head })?;
-        self.stage(head, written.saturating_add(1))
+        let staged = self.stage(head, written.saturating_add(1));
+        self.mark_answer(status_addr, written);
+        staged
     }
 
     /// Stages the used element of a chain.
@@ -360,7 +374,10 @@ impl Queue {
 
     /// Ends a request: writes its status and stages its used element, which the guest sees after
     /// the next [`Self::flush`]. On a broken ring nothing is written.
-    pub fn finish(&mut self, token: Token, status: BlkStatus) {
+    ///
+    /// `operation` is the request's, with the memory that it came with, to which nothing may be written any
+    /// more: while the front-end keeps a log of what is written to guest memory, it is marked there.
+    pub fn finish(&mut self, token: Token, operation: &Operation, status: BlkStatus) {
         let Some(claim) = self.redeem(token) else {
             return;
         };
@@ -369,6 +386,7 @@ impl Queue {
         {
             self.break_ring(reason);
         }
+        self.mark_finished(claim, operation);
         self.generations.release(claim.generation);
     }
 
@@ -423,7 +441,9 @@ impl Queue {
         if self.used.unpublished() == 0 {
             return Ok(false);
         }
-        let wanted = self.used.publish(&self.home)?;
+        let wanted = self.used.publish(&self.home);
+        self.mark_published();
+        let wanted = wanted?;
         self.tracking.published(self.used.published());
         Ok(wanted)
     }
@@ -447,8 +467,9 @@ impl Queue {
             return false;
         }
         self.armed = true;
-        let memory = &*self.home;
-        match self.ring.enable_notification(memory) {
+        let more = self.ring.enable_notification(&*self.home);
+        self.mark_notification();
+        match more {
             Ok(more) => more,
             Err(error) => {
                 self.break_ring(ring_error(error));
@@ -486,6 +507,7 @@ fn ring_error(error: RingError) -> BrokenRing {
     }
 }
 
+mod marks;
 mod recovery;
 #[cfg(test)]
 mod tests;

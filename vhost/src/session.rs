@@ -5,9 +5,11 @@
 //! so does a stream in which message boundaries are lost.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::channel::{Channel, Message};
@@ -16,6 +18,7 @@ use crate::device::Device;
 use crate::front_end::FrontEnd;
 use crate::inflight::Tail;
 use crate::queue::{Queue, QueueUpdate};
+use crate::vring::Signal;
 
 /// Who runs the rings. Called from the session's thread, which waits: each call returns when the
 /// worker that owns the ring has acted on it.
@@ -113,8 +116,11 @@ impl Session {
             self.channel.skip(message)?;
             return self.refuse(message);
         }
-        let backend_channel = message.backend_channel.take();
-        self.front_end().begin(backend_channel);
+        let file = message.file.take();
+        if message.request == FrontendReq::SET_LOG_FD as u32 {
+            return self.set_log_call(message, file);
+        }
+        self.front_end().begin(file);
         match self.handler.handle_request() {
             Ok(()) => Ok(()),
             Err(error) if ends_session(&error) || !message.whole => {
@@ -131,7 +137,27 @@ impl Session {
         }
     }
 
+    /// The library does not know this request.
+    fn set_log_call(
+        &mut self,
+        message: &Message,
+        file: Option<OwnedFd>,
+    ) -> Result<(), SessionError> {
+        self.channel.skip(message)?;
+        let Some(file) = file else {
+            self.log_refusal(message, &"without a descriptor");
+            return self.refuse(message);
+        };
+        self.front_end().set_log_call(Signal::new(file.into()));
+        let acknowledge = self.front_end().acknowledges();
+        Ok(self.channel.accept(message, acknowledge)?)
+    }
+
     fn refuse(&mut self, message: &Message) -> Result<(), SessionError> {
+        if message.request == FrontendReq::SET_LOG_BASE as u32 && self.front_end().takes_logs() {
+            self.front_end().log_was_refused();
+            return Ok(self.channel.refuse_log(message)?);
+        }
         let acknowledge = self.front_end().acknowledges();
         Ok(self.channel.refuse(message, acknowledge)?)
     }

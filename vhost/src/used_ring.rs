@@ -54,6 +54,11 @@ impl UsedRing {
         self.published
     }
 
+    /// Index behind the last element staged.
+    pub(crate) fn staged(&self) -> u16 {
+        self.staged
+    }
+
     /// Elements that the guest cannot see yet.
     pub(crate) fn unpublished(&self) -> u16 {
         self.staged.wrapping_sub(self.published)

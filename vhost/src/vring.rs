@@ -46,6 +46,8 @@ pub(crate) struct Vring {
     /// Entries, 0 until set.
     pub(crate) size: u16,
     pub(crate) addresses: Option<RingAddresses>,
+    /// The address by which writes to the used ring are logged, when they are.
+    pub(crate) log_addr: Option<u64>,
     /// Available index to start from; stale while the ring runs.
     pub(crate) base: u16,
     pub(crate) kick: Kick,

@@ -73,13 +73,13 @@ impl DeviceLane {
             self.counters.requests.add(1);
             self.counters.errors.add(1);
             self.failures.note(&self.name, outcome);
-            self.storage.keep(operation);
             self.answer(
                 Guest {
                     ring,
                     token,
                     bytes: 0,
                 },
+                operation,
                 outcome.blk_status(),
             );
         }

@@ -44,8 +44,7 @@ impl DeviceLane {
             .open_lost(guest, owner, operation, already, &self.limits);
         if let Err((guest, operation)) = opened {
             // There was room before it was taken.
-            self.storage.keep(operation);
-            self.answer(guest, BlkStatus::IoError);
+            self.answer(guest, operation, BlkStatus::IoError);
         }
         // Where there is no room, the control plane has yet to read what was told before, and then looks at all lanes.
         let _ = self.recovered.try_send(());

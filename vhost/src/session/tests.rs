@@ -23,9 +23,11 @@ use crate::guest::{
 use crate::{BlkStatus, Operation, Request, Token};
 
 mod configuration;
+mod device_state;
 mod inflight;
 mod memory;
 mod messages;
+mod migration;
 mod rings;
 
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -70,15 +72,14 @@ impl Lane {
             token, operation, ..
         } in self.held.drain(..)
         {
-            drop(operation);
-            finish(&mut self.queue, token);
+            finish(&mut self.queue, token, &operation);
         }
         self.queue.flush();
     }
 }
 
-fn finish(queue: &mut Queue, token: Token) {
-    queue.finish(token, BlkStatus::Ok);
+fn finish(queue: &mut Queue, token: Token, operation: &Operation) {
+    queue.finish(token, operation, BlkStatus::Ok);
 }
 
 impl Worker {
@@ -135,6 +136,7 @@ impl Rings for Worker {
             QueueUpdate::Err(signal) => format!("err {}", signal.is_some()),
             QueueUpdate::Memory(map) => format!("memory {}", map.regions()),
             QueueUpdate::WriteThrough(on) => format!("write-through {on}"),
+            QueueUpdate::Log(log) => format!("log {}", log.is_some()),
         };
         self.log(format!("{name} {index}"));
         self.with(index, |lane| {

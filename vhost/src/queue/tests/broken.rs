@@ -31,7 +31,7 @@ fn a_request_that_is_made_available_again_before_its_answer_breaks_the_ring() {
     let request = take(&mut queue);
     guest.offer(head);
     assert_eq!(take_broken(&mut queue), BrokenRing::HeadInFlight { head });
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     assert!(!queue.flush());
     assert_eq!(guest.used_idx(), 0, "a broken ring is not written to");
 }
@@ -42,7 +42,7 @@ fn a_request_whose_answer_is_not_published_is_still_in_flight() {
     let mut queue = guest.queue();
     let head = post(&mut guest, FLUSH, 0, &[]);
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     guest.offer(head);
     assert_eq!(take_broken(&mut queue), BrokenRing::HeadInFlight { head });
 }
@@ -54,7 +54,7 @@ fn a_request_can_be_made_available_again_once_it_was_answered() {
     let head = post(&mut guest, FLUSH, 0, &[]);
     for round in 1..=3 {
         let request = take(&mut queue);
-        queue.finish(request.token, BlkStatus::Ok);
+        queue.finish(request.token, &request.operation, BlkStatus::Ok);
         queue.flush();
         assert_eq!(guest.used_idx(), round);
         guest.offer(head);
@@ -209,7 +209,7 @@ fn a_request_more_than_the_ring_has_entries_breaks_the_ring() {
     guest.offer(0);
     assert_eq!(take_broken(&mut queue), BrokenRing::TooManyAvailable);
     for token in tokens {
-        queue.finish(token, BlkStatus::Ok);
+        queue.finish(token, &Operation::Flush, BlkStatus::Ok);
     }
     queue.flush();
     assert_eq!(queue.in_flight(), 0);
@@ -227,7 +227,7 @@ fn requests_before_a_bad_one_are_still_handed_out() {
         take_broken(&mut queue),
         BrokenRing::NoDescriptor { .. }
     ));
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
 }
 
 #[test]
@@ -297,21 +297,21 @@ proptest! {
         for head in &heads {
             guest.offer(*head);
         }
-        let mut tokens = Vec::new();
+        let mut requests = Vec::new();
         let broken = loop {
             match queue.take(&mut Vec::new) {
                 Ok(Some(request)) => {
                     if let Operation::Read { sink, .. } = &request.operation {
                         prop_assert!(sink.len() % 512 == 0 && !sink.is_empty());
                     }
-                    tokens.push(request.token);
+                    requests.push(request);
                 }
                 Ok(None) => break false,
                 Err(_) => break true,
             }
         };
-        for token in tokens {
-            queue.finish(token, BlkStatus::Ok);
+        for Request { token, operation, .. } in requests {
+            queue.finish(token, &operation, BlkStatus::Ok);
         }
         queue.flush();
         prop_assert_eq!(queue.in_flight(), 0);

@@ -153,8 +153,8 @@ impl World {
             return;
         }
         let request = life.held.remove(at % life.held.len());
-        drop(request.operation);
-        life.queue.finish(request.token, BlkStatus::Ok);
+        life.queue
+            .finish(request.token, &request.operation, BlkStatus::Ok);
     }
 
     fn step(&mut self, life: &mut Life, step: Step) {

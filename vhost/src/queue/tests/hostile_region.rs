@@ -193,7 +193,7 @@ fn equal_counters_are_made_different_in_the_order_of_the_heads() {
         heads.push(take(&mut queue));
         assert_eq!(heads[3].id >> 8, counters[2] + 1, "{entries:?}");
         for request in heads {
-            queue.finish(request.token, BlkStatus::Ok);
+            queue.finish(request.token, &request.operation, BlkStatus::Ok);
         }
         queue.flush();
         let mut order: Vec<_> = entries.iter().filter(|entry| entry.1 == 1).collect();
@@ -236,10 +236,10 @@ proptest! {
         };
         let recovering = queue.recovering();
         prop_assert!(recovering <= posted);
-        let mut tokens = Vec::new();
+        let mut requests = Vec::new();
         for _ in 0..recovering {
             match queue.take(&mut Vec::new) {
-                Ok(Some(request)) if request.recovered => tokens.push(request.token),
+                Ok(Some(request)) if request.recovered => requests.push(request),
                 // Some were answered on the way.
                 Ok(Some(request)) => {
                     queue.leave(request.token);
@@ -249,8 +249,8 @@ proptest! {
                 Ok(None) | Err(_) => break,
             }
         }
-        for token in tokens {
-            queue.finish(token, BlkStatus::Ok);
+        for request in requests {
+            queue.finish(request.token, &request.operation, BlkStatus::Ok);
         }
         queue.flush();
         let answered: Vec<_> = guest.used().iter().map(|(head, _)| *head).collect();
@@ -284,7 +284,7 @@ proptest! {
         let held: Vec<_> = (0..4).map(|_| take(&mut queue)).collect();
         scribble();
         for request in held {
-            queue.finish(request.token, BlkStatus::Ok);
+            queue.finish(request.token, &request.operation, BlkStatus::Ok);
         }
         scribble();
         queue.flush();

@@ -10,18 +10,17 @@ fn a_request_in_flight_keeps_its_generation_of_memory() {
     let data = REGIONS[2];
     guest.write(HEADER_AT, &header(READ, 0));
     guest.post(&[out(HEADER_AT, 16), into(data, 512), into(data + 0x800, 1)]);
-    let request = take(&mut queue);
+    let mut request = take(&mut queue);
     let without = guest.map.without(spec(data)).expect("remove");
     queue.apply(QueueUpdate::Memory(Arc::new(without)));
-    let Operation::Read { mut sink, .. } = request.operation else {
+    let Operation::Read { ref mut sink, .. } = request.operation else {
         panic!("{:?}", request.operation);
     };
     sink.fill(0..512, 0x42).expect("inside");
-    drop(sink);
     let old = Arc::downgrade(&guest.map);
     guest.map = Arc::new(map_of(&guest.files));
     assert!(old.upgrade().is_some(), "still mapped for the request");
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     assert!(old.upgrade().is_none(), "unmapped with the last request");
     assert_eq!(guest.read(data, 512), [0x42; 512]);
@@ -48,12 +47,12 @@ fn a_ring_whose_memory_vanishes_is_suspended_until_it_is_back() {
     post(&mut guest, FLUSH, 0, &[]);
     take_nothing(&mut queue);
     assert!(!queue.rearm());
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     assert_eq!(guest.used(), [(0, 1)]);
     queue.apply(QueueUpdate::Memory(Arc::new(map_of(&guest.files))));
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     assert_eq!(guest.used(), [(2, 1)]);
 }
@@ -64,11 +63,11 @@ fn a_queue_may_be_dropped_before_or_after_its_tokens() {
         let mut guest = Guest::new();
         let mut queue = guest.queue();
         post(&mut guest, READ, 0, &[into(DATA_AT, 512)]);
-        let request = take(&mut queue);
+        let mut request = take(&mut queue);
         if queue_first {
             drop(queue);
             // What the kernel may still be writing to is not unmapped under it.
-            let Operation::Read { mut sink, .. } = request.operation else {
+            let Operation::Read { ref mut sink, .. } = request.operation else {
                 panic!("{:?}", request.operation);
             };
             let files = guest.files;
@@ -102,6 +101,6 @@ fn a_token_of_another_ring_is_not_taken() {
     let mut other = Guest::new().queue();
     post(&mut guest, FLUSH, 0, &[]);
     let request = take(&mut queue);
-    other.finish(request.token, BlkStatus::Ok);
+    other.finish(request.token, &request.operation, BlkStatus::Ok);
     assert_eq!((queue.in_flight(), other.in_flight()), (1, 0));
 }

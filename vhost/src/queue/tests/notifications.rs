@@ -13,7 +13,7 @@ fn several_answers_are_published_at_once_and_call_once() {
     }
     let tokens: Vec<_> = (0..3).map(|_| take(&mut queue).token).collect();
     for token in tokens.into_iter().rev() {
-        queue.finish(token, BlkStatus::Ok);
+        queue.finish(token, &Operation::Flush, BlkStatus::Ok);
     }
     assert_eq!((guest.used_idx(), raised(&called)), (0, 0));
     assert!(queue.flush());
@@ -27,7 +27,7 @@ fn several_answers_are_published_at_once_and_call_once() {
 fn called_for_one(guest: &mut Guest, queue: &mut Queue) -> bool {
     post(guest, FLUSH, 0, &[]);
     let request = take(queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush()
 }
 
@@ -99,7 +99,7 @@ fn kicks_are_off_while_the_ring_is_scanned_and_on_when_it_is_rearmed() {
         "a request came before the driver saw the flag"
     );
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
 }
 
 #[test]
@@ -108,14 +108,14 @@ fn rearming_with_event_idx_asks_for_a_kick_at_the_next_request() {
     let mut queue = guest.queue();
     post(&mut guest, FLUSH, 0, &[]);
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     assert_eq!(guest.avail_event(), 0, "not while busy");
     assert!(!queue.rearm());
     assert_eq!(guest.avail_event(), 1);
     post(&mut guest, FLUSH, 0, &[]);
     assert!(queue.rearm());
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
 }
 
 #[test]

@@ -62,7 +62,7 @@ fn requests_of_an_earlier_life_come_first_and_in_their_order() {
     let ids: Vec<_> = requests.iter().map(|request| request.id).collect();
     assert!(requests.iter().all(|request| !request.recovered));
     let second = requests.remove(1);
-    queue.finish(second.token, BlkStatus::Ok);
+    queue.finish(second.token, &second.operation, BlkStatus::Ok);
     queue.flush();
     kill(queue, requests);
 
@@ -75,7 +75,7 @@ fn requests_of_an_earlier_life_come_first_and_in_their_order() {
     assert_eq!([again[0].id, again[1].id], [ids[0], ids[2]]);
     assert!(again[2].id > ids[2]);
     for request in again {
-        queue.finish(request.token, BlkStatus::Ok);
+        queue.finish(request.token, &request.operation, BlkStatus::Ok);
     }
     queue.flush();
     assert_eq!(guest.used(), [(2, 1), (0, 1), (4, 1), (6, 1)]);
@@ -112,7 +112,7 @@ fn a_fresh_region_begins_at_the_used_index_of_the_ring() {
     let mut queue = kept.queue(&guest);
     assert_eq!(queue.recovering(), 1);
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     assert_eq!(guest.used(), [(u32::from(head), 1)]);
     assert_eq!(kept.used(), used.wrapping_add(1));
@@ -126,7 +126,7 @@ fn a_region_of_one_life_and_another_ring_size_goes_on() {
     post(&mut guest, FLUSH, 0, &[]);
     let mut queue = kept.queue(&guest);
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     drop(queue);
     let queue = kept.queue_with(&guest, |setup| setup.size = 8);
@@ -179,14 +179,14 @@ fn requests_that_were_left_can_be_taken_again_from_the_same_queue() {
         // One is left once more.
         match at {
             1 => queue.leave(request.token),
-            _ => queue.finish(request.token, BlkStatus::Ok),
+            _ => queue.finish(request.token, &request.operation, BlkStatus::Ok),
         }
     }
     queue.reopen();
     assert_eq!(guest.used().len(), 2, "what was finished is shown");
     let request = take(&mut queue);
     assert_eq!(request.id, ids[1]);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     assert_eq!(guest.used().len(), 1);
 }
@@ -216,7 +216,7 @@ fn memory_of_requests_that_were_left_is_let_go() {
     assert!(before.upgrade().is_none(), "an old table is still held");
     queue.reopen();
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     assert_eq!(guest.used_idx(), 1);
 }
@@ -248,7 +248,7 @@ fn a_ring_that_broke_leaves_nothing_behind_once_it_was_stopped() {
     let mut queue = kept.queue(&guest);
     let request = take(&mut queue);
     queue.break_ring(BrokenRing::RingLayout);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     queue.close();
     assert_eq!(kept.queue(&guest).recovering(), 0);

@@ -47,8 +47,12 @@ fn a_read_fills_guest_memory_and_counts_the_status_byte() {
     let mut queue = guest.queue();
     let data = [into(DATA_AT, 512), into(DATA_AT + 0x800, 1024)];
     let head = post(&mut guest, READ, 7, &data);
-    let request = take(&mut queue);
-    let Operation::Read { sector, mut sink } = request.operation else {
+    let mut request = take(&mut queue);
+    let Operation::Read {
+        sector,
+        ref mut sink,
+    } = request.operation
+    else {
         panic!("{:?}", request.operation);
     };
     assert_eq!((sector, sink.len()), (7, 1536));
@@ -56,9 +60,8 @@ fn a_read_fills_guest_memory_and_counts_the_status_byte() {
         .map(|n| u8::try_from(n % 251).expect("small"))
         .collect();
     sink.copy_from(0, &bytes).expect("inside");
-    drop(sink);
     assert_eq!(queue.in_flight(), 1);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     assert_eq!(queue.in_flight(), 0);
     assert_eq!(guest.used(), [], "not visible before the flush");
     queue.flush();
@@ -74,7 +77,7 @@ fn a_failed_read_counts_the_status_byte_alone() {
     let mut queue = guest.queue();
     let head = post(&mut guest, READ, 0, &[into(DATA_AT, 512)]);
     let request = take(&mut queue);
-    queue.finish(request.token, BlkStatus::IoError);
+    queue.finish(request.token, &request.operation, BlkStatus::IoError);
     queue.flush();
     assert_eq!(guest.used(), [(u32::from(head), 1)]);
     assert_eq!(status(&guest), 1);
@@ -88,7 +91,7 @@ fn a_write_shows_the_guest_s_bytes_as_they_are_when_read() {
     let request = take(&mut queue);
     let Operation::Write {
         sector,
-        source,
+        ref source,
         fua,
     } = request.operation
     else {
@@ -99,7 +102,7 @@ fn a_write_shows_the_guest_s_bytes_as_they_are_when_read() {
     let mut bytes = [0; 512];
     source.copy_to(0, &mut bytes).expect("inside");
     assert_eq!(bytes, [0x5a; 512]);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     assert_eq!(guest.used(), [(u32::from(head), 1)]);
 }
@@ -121,14 +124,17 @@ fn a_header_may_come_in_pieces_and_share_a_descriptor_with_data() {
         into(STATUS_AT, 1),
     ]);
     let request = take(&mut queue);
-    let Operation::Write { sector, source, .. } = request.operation else {
+    let Operation::Write {
+        sector, ref source, ..
+    } = request.operation
+    else {
         panic!("{:?}", request.operation);
     };
     assert_eq!((sector, source.len()), (0x1234, 512));
     let mut bytes = [0; 512];
     source.copy_to(0, &mut bytes).expect("inside");
     assert_eq!(bytes, [1; 512]);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
 }
 
 #[test]
@@ -143,14 +149,14 @@ fn the_status_is_the_last_writable_byte_wherever_that_is() {
         into(DATA_AT, 512),
         into(DATA_AT + 512, 0),
     ]);
-    let request = take(&mut queue);
-    let Operation::Read { mut sink, .. } = request.operation else {
+    let mut request = take(&mut queue);
+    let Operation::Read { ref mut sink, .. } = request.operation else {
         panic!("{:?}", request.operation);
     };
     assert_eq!(sink.len(), 512);
     sink.fill(0..512, 0x77).expect("inside");
     guest.write(DATA_AT + 511, &[UNTOUCHED]);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     assert_eq!(guest.read(STATUS_AT, 1), [0x77]);
     assert_eq!(guest.read(DATA_AT, 511), [0x77; 511]);
     assert_eq!(guest.read(DATA_AT + 511, 1), [0]);
@@ -164,7 +170,7 @@ fn a_buffer_across_adjacent_regions_is_two_segments() {
     guest.write(boundary - 100, &[3; 512]);
     post(&mut guest, WRITE_TO_DISK, 0, &[out(boundary - 100, 512)]);
     let request = take(&mut queue);
-    let Operation::Write { source, .. } = request.operation else {
+    let Operation::Write { ref source, .. } = request.operation else {
         panic!("{:?}", request.operation);
     };
     let mut vectors = Vec::new();
@@ -174,7 +180,7 @@ fn a_buffer_across_adjacent_regions_is_two_segments() {
     let mut bytes = [0; 512];
     source.copy_to(0, &mut bytes).expect("inside");
     assert_eq!(bytes, [3; 512]);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
 }
 
 #[test]
@@ -188,12 +194,11 @@ fn an_indirect_table_works_and_may_be_longer_than_the_ring() {
     assert!(buffers.len() > usize::from(SIZE));
     let head = guest.post_indirect(0xf008, &buffers);
     let request = take(&mut queue);
-    let Operation::Read { sector, sink } = request.operation else {
+    let Operation::Read { sector, ref sink } = request.operation else {
         panic!("{:?}", request.operation);
     };
     assert_eq!((sector, sink.len()), (3, 30 * 512));
-    drop(sink);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     queue.flush();
     assert_eq!(guest.used(), [(u32::from(head), 30 * 512 + 1)]);
 }
@@ -205,18 +210,18 @@ fn segment_storage_is_asked_for_only_where_it_is_needed_and_used_from_the_start(
     post(&mut guest, FLUSH, 0, &[]);
     let mut none = || -> Vec<Segment> { panic!("asked for storage") };
     let request = queue.take(&mut none).expect("whole").expect("a request");
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     post(&mut guest, READ, 0, &[into(DATA_AT, 512)]);
     let mut storage = Some(Vec::with_capacity(64));
     let request = queue
         .take(&mut || storage.take().expect("once"))
         .expect("whole");
     let request = request.expect("a request");
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     let Operation::Read { sink, .. } = request.operation else {
         panic!("{:?}", request.operation);
     };
     assert_eq!(sink.into_parts().0.capacity(), 64);
-    queue.finish(request.token, BlkStatus::Ok);
 }
 
 #[test]
@@ -313,7 +318,7 @@ fn a_discard_carries_its_ranges() {
         unmap: false,
     };
     assert_eq!(*ranges, [range(8, 16), range(100, 1000)]);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
 }
 
 #[test]
@@ -334,7 +339,7 @@ fn a_payload_is_read_from_the_guest_once() {
         unmap: true,
     };
     assert_eq!(*ranges, [expected]);
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
 }
 
 #[test]
@@ -395,11 +400,11 @@ fn a_read_only_disk_reads_and_flushes_and_refuses_the_rest() {
     post(&mut guest, FLUSH, 0, &[]);
     let request = take(&mut queue);
     assert!(matches!(request.operation, Operation::Flush));
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
     post(&mut guest, READ, 0, &[into(DATA_AT, 512)]);
     let request = take(&mut queue);
     assert!(matches!(request.operation, Operation::Read { .. }));
-    queue.finish(request.token, BlkStatus::Ok);
+    queue.finish(request.token, &request.operation, BlkStatus::Ok);
 }
 
 #[test]
@@ -412,11 +417,11 @@ fn write_through_sets_fua_on_writes_and_zeroes_from_then_on() {
         let request = take(&mut queue);
         let fua = matches!(request.operation, Operation::Write { fua: true, .. });
         assert_eq!(fua, write_through);
-        queue.finish(request.token, BlkStatus::Ok);
+        queue.finish(request.token, &request.operation, BlkStatus::Ok);
         post_payload(&mut guest, WRITE_ZEROES, &segment(0, 8, 0));
         let request = take(&mut queue);
         let fua = matches!(request.operation, Operation::WriteZeroes { fua: true, .. });
         assert_eq!(fua, write_through);
-        queue.finish(request.token, BlkStatus::Ok);
+        queue.finish(request.token, &request.operation, BlkStatus::Ok);
     }
 }

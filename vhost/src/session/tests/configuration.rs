@@ -7,15 +7,15 @@ fn the_offer_is_what_is_implemented() {
     let mut bench = Bench::new();
     let features = bench.front.get_features().expect("features");
     // SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES, INDIRECT_DESC,
-    // EVENT_IDX, protocol features, VERSION_1.
-    let bits = [2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 30, 32];
+    // EVENT_IDX, protocol features, VERSION_1, and LOG_ALL, which is vhost's own.
+    let bits = [2, 6, 9, 10, 11, 12, 13, 14, 26, 28, 29, 30, 32];
     assert_eq!(features, bits.iter().map(|bit| 1 << bit).sum::<u64>());
     // The library's front-end drops what it does not know, so this is asked without it.
     bench.send(FrontendReq::GET_PROTOCOL_FEATURES as u32, 1, &[]);
     let (_, _, protocol) = bench.receive();
-    // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS,
-    // GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN.
-    let bits = [0, 3, 5, 9, 12, 13, 15, 20, 23];
+    // MQ, LOG_SHMFD, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS,
+    // DEVICE_STATE, GET_VRING_BASE_INFLIGHT, GET_VRING_BASE_SKIP_DRAIN.
+    let bits = [0, 1, 3, 5, 9, 12, 13, 15, 19, 20, 23];
     let offer = bits.iter().map(|bit| 1 << bit).sum::<u64>();
     assert_eq!(protocol, offer.to_le_bytes());
     let protocol = bench
@@ -126,8 +126,7 @@ fn next_write_is_fua(bench: &mut Bench) -> bool {
     bench.worker.with(0, |lane| {
         let request = lane.held.pop().expect("the write");
         let fua = matches!(request.operation, Operation::Write { fua: true, .. });
-        drop(request.operation);
-        finish(&mut lane.queue, request.token);
+        finish(&mut lane.queue, request.token, &request.operation);
         lane.queue.flush();
         fua
     })

@@ -1,0 +1,181 @@
+//! A guest moves between two machines while it works on its disk: live, back again, and through a file. Both machines' daemons are attached
+//! to its namespace all the while.
+
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use guest_tests::{
+    Attach, AttachOptions, Checks, Disk, Export, Guest, GuestOptions, Migrated, Seeded, rounds,
+};
+
+use crate::cases::{image, image_directory, no_kernel_errors, write_and_read_back};
+use crate::load::Load;
+use crate::{MIB, seed};
+
+const SIZE_MIB: u64 = 128;
+/// One after another, there and back.
+const MOVES: u64 = 4;
+/// A migration copies half a gigabyte between two machines that are emulated, and then what was written to meanwhile.
+const LIMIT: Duration = Duration::from_secs(180);
+/// The load has all of this for all moves.
+const LOAD_LIMIT: Duration = Duration::from_secs(1200);
+/// The longest that a request may take while a guest moves live, on a busy machine.
+const STALL: Duration = Duration::from_secs(20);
+
+/// Two places where the guest can be, and the one where it is.
+struct Places {
+    daemons: [Attach; 2],
+    here: usize,
+    guest: Guest,
+}
+
+impl Places {
+    fn options(disk: &Attach) -> GuestOptions {
+        GuestOptions {
+            disks: vec![Disk {
+                socket: disk.socket.clone(),
+                queues: 2,
+            }],
+            memory_mib: 384,
+            migratable: true,
+            ..GuestOptions::default()
+        }
+    }
+
+    fn start(directory: &Path, uri: &str) -> Result<Self> {
+        let attach =
+            |name: &str| Attach::start(&directory.join(name), uri, &AttachOptions::default());
+        let daemons = [attach("first.sock")?, attach("second.sock")?];
+        let guest = Guest::boot(&Self::options(&daemons[0]))?;
+        Ok(Self {
+            daemons,
+            here: 0,
+            guest,
+        })
+    }
+
+    /// Starts a machine at the other place, which takes the guest from `uri`.
+    fn other(&self, uri: &str) -> Result<Guest> {
+        Guest::incoming(&Self::options(&self.daemons[1 - self.here]), uri)
+    }
+
+    /// The guest runs at the other place now.
+    fn arrived(&mut self, mut there: Guest) -> Result<()> {
+        there.monitor()?.await_running(LIMIT)?;
+        there.take_over(&self.guest);
+        std::mem::replace(&mut self.guest, there).kill()?;
+        self.here = 1 - self.here;
+        Ok(())
+    }
+
+    fn go_live(&mut self, directory: &Path) -> Result<Migrated> {
+        let uri = format!("unix:{}", directory.join("migration.sock").display());
+        let there = self.other(&uri)?;
+        let migrated = self.guest.monitor()?.migrate(&uri, LIMIT)?;
+        self.arrived(there)?;
+        Ok(migrated)
+    }
+
+    /// Returns the time from the guest's last step to its next one.
+    fn go_through_a_file(&mut self, directory: &Path) -> Result<Duration> {
+        let file = directory.join("guest.state");
+        let file = file.display();
+        let mut monitor = self.guest.monitor()?;
+        monitor.stop()?;
+        let stopped = Instant::now();
+        monitor.migrate(&format!("exec:cat >{file}"), LIMIT)?;
+        let there = self.other(&format!("exec:cat {file}"))?;
+        // It was not running when it was saved.
+        let mut monitor = there.monitor()?;
+        monitor.await_migrated(LIMIT)?;
+        monitor.cont()?;
+        self.arrived(there)?;
+        Ok(stopped.elapsed())
+    }
+}
+
+#[test]
+fn a_guest_moves_between_machines_and_does_not_notice() {
+    let mut checks =
+        Checks::new("a guest moves between machines (vda: one namespace, two daemons)");
+    let directory = image_directory().unwrap();
+    let image = image(&directory, "moved.img", SIZE_MIB).unwrap();
+    let mut export = Export::start(&[format!("file:{}", image.display())]).unwrap();
+    let mut places = Places::start(directory.path(), &export.uris[0]).unwrap();
+
+    let load = Load::start(&mut places.guest, "vda", seed(0), LOAD_LIMIT).unwrap();
+    sleep(Duration::from_secs(2));
+    checks.check("it is moved live, there and back", || {
+        let mut longest = Duration::ZERO;
+        let moves = MOVES * rounds();
+        for _ in 0..moves {
+            let migrated = places.go_live(directory.path())?;
+            ensure!(migrated.rounds > 0, "nothing was copied: {migrated:?}");
+            longest = longest.max(migrated.downtime);
+            sleep(Duration::from_secs(2));
+        }
+        Ok(format!(
+            "{moves} times, it stood still for {longest:.1?} at most"
+        ))
+    });
+    checks.check("its machine is stopped and goes on", || {
+        let mut monitor = places.guest.monitor()?;
+        for _ in 0..5 * rounds() {
+            monitor.stop()?;
+            sleep(Duration::from_millis(300));
+            monitor.cont()?;
+            sleep(Duration::from_millis(300));
+        }
+        Ok(format!("{} times", 5 * rounds()))
+    });
+    checks.check("what it wrote meanwhile, it has read", || {
+        let done = load.finish(&mut places.guest)?;
+        ensure!(done.longest < STALL, "{done}");
+        Ok(done)
+    });
+    let load = Load::start(&mut places.guest, "vda", seed(1), LOAD_LIMIT).unwrap();
+    sleep(Duration::from_secs(1));
+    checks.check("it goes through a file", || {
+        let away = places.go_through_a_file(directory.path())?;
+        Ok(format!("and was away for {away:.1?}"))
+    });
+    checks.check("and what it wrote around that, it has read", || {
+        load.finish(&mut places.guest)
+    });
+    checks.check("a write here is read there", || {
+        let stretch = Seeded {
+            seed: seed(2),
+            offset: 64 * MIB,
+            length: 8 * MIB,
+        };
+        write_and_read_back(&mut places.guest, "vda", stretch)?;
+        places.go_live(directory.path())?;
+        places.guest.sh(&format!(
+            "echo 3 >/proc/sys/vm/drop_caches; seeded-data verify /dev/vda {} {} {}",
+            stretch.offset, stretch.length, stretch.seed
+        ))?;
+        Ok("8 MiB")
+    });
+    checks.check("no error in the guest's kernel log", || {
+        no_kernel_errors(&mut places.guest)
+    });
+    checks.check("power-off", || {
+        places.guest.power_off().map(|()| "QEMU ended")
+    });
+    checks.check("the daemons end cleanly", || {
+        let mut moved = Vec::new();
+        for attach in &mut places.daemons {
+            attach.stop()?;
+            let counters = attach.counters()?;
+            moved.push(counters.read_bytes / MIB + counters.written_bytes / MIB);
+            let log = attach.daemon.logged("the front-end's log of written pages");
+            ensure!(log.is_empty(), "{log:?}");
+        }
+        export.stop()?;
+        ensure!(moved.iter().all(|mib| *mib > 0), "{moved:?}");
+        Ok(format!("{moved:?} MiB read and written"))
+    });
+    checks.finish();
+}
