@@ -28,10 +28,9 @@ const LOCAL_DRAIN: Drain = Drain {
     policy: DrainPolicy::Error,
     may_end_paths: false,
 };
-/// How long a device goes on with writes of a process that is gone. What goes through the page cache is over by then:
-/// threads do that, and the kernel closes the process's sockets after its last thread has ended. A device that has taken a
-/// direct write completes it, in the time that it takes when it is well.
-const LOCAL_QUIET: Duration = Duration::from_secs(1);
+/// How long storage of this machine goes on with writes of a process that is gone, once the next has opened it: a
+/// file is locked until the last of them is completed.
+const LOCAL_QUIET: Duration = Duration::ZERO;
 
 /// Why there is no local disk.
 #[derive(Debug, thiserror::Error)]

@@ -6,6 +6,7 @@
 
 mod capture;
 mod cases;
+mod crashes;
 mod data;
 mod devices;
 mod disks;

@@ -6,9 +6,13 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use super::job::{Job, Target};
 use super::{Backend, BackendIo, BackendOp, Counters, Geometry};
+
+/// How long a file may be in use by a process that has ended.
+const IN_USE: Duration = Duration::from_secs(1);
 
 /// What a device may ask of direct I/O, in bytes: its logical blocks.
 const ALIGNMENTS: [usize; 2] = [512, 4096];
@@ -101,13 +105,17 @@ impl FileBackend {
         options.custom_flags(
             if exclusive { libc::O_EXCL } else { 0 } | if direct { libc::O_DIRECT } else { 0 },
         );
-        let mut file = match options.open(path) {
+        let open = || match options.open(path) {
             Err(error) if direct && error.raw_os_error() == Some(libc::EINVAL) => {
-                return Err(OpenError::NoDirect(path.to_owned()));
+                Err(OpenError::NoDirect(path.to_owned()))
             }
-            other => other.map_err(failed)?,
+            other => other.map_err(failed),
         };
-        lock(&file, path, read_only)?;
+        let mut file = patiently(|| {
+            let file = open()?;
+            lock(&file, path, read_only)?;
+            Ok(file)
+        })?;
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if size == 0 {
             return Err(OpenError::Empty(path.to_owned()));
@@ -180,6 +188,20 @@ impl Kind {
             Ok(Self::BlockDevice)
         } else {
             Err(OpenError::Kind(path.to_owned()))
+        }
+    }
+}
+
+/// Attempts it again for a while where the file is in use: a process that was killed holds it, and its lock, until the
+/// device has completed what it had begun. Whoever gets the lock knows that nothing of that comes any more.
+fn patiently<T>(mut attempt: impl FnMut() -> Result<T, OpenError>) -> Result<T, OpenError> {
+    let end = Instant::now() + IN_USE;
+    loop {
+        match attempt() {
+            Err(OpenError::InUse { .. }) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            other => return other,
         }
     }
 }
