@@ -30,7 +30,8 @@ const GET_FEATURES: u32 = 1;
 const REQUESTS: u8 = 50;
 
 /// Protocol features: what the device offers, but for what is not a block device's.
-const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15;
+const PROTOCOL: u64 =
+    1 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 19 | 1 << 20;
 /// Features of virtio that a driver takes: events, indirect tables, protocol features, version 1.
 const FEATURES: u64 = 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32;
 
@@ -61,8 +62,7 @@ impl Lane {
             token, operation, ..
         } in self.held.drain(keep..)
         {
-            drop(operation);
-            self.queue.finish(token, BlkStatus::Ok);
+            self.queue.finish(token, &operation, BlkStatus::Ok);
         }
         self.queue.flush();
     }
