@@ -366,6 +366,14 @@ pub(crate) struct ExportArgs {
     /// non-optimized, inaccessible, persistent-loss or change [default: not reported]
     #[arg(long, value_name = "STATE", value_parser = parse_ana_state)]
     pub(crate) ana_state: Option<AnaState>,
+    /// I/O queues that one association of a host may have
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = limits::DEFAULT_EXPORT_IO_QUEUES,
+        value_parser = value_parser!(u16).range(limits::NR_IO_QUEUES)
+    )]
+    pub(crate) nr_io_queues: u16,
     #[command(flatten)]
     pub(crate) workers: WorkerArgs,
     /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with

@@ -65,7 +65,11 @@ impl Export {
             subsystem.set_ana_state(ANA_GROUP, state);
         }
         let lanes = Arc::new(RoundRobin(workers));
-        let target = Target::new(vec![subsystem], Limits::default(), registry, lanes)?;
+        let limits = Limits {
+            io_queues: config.io_queues,
+            ..Limits::default()
+        };
+        let target = Target::new(vec![subsystem], limits, registry, lanes)?;
         let target = Arc::new(target);
         let mut port = Port::bind(Arc::clone(&target), &config.listen).await?;
         // Who lets the system choose a port wants no fixed one beside it.

@@ -14,6 +14,10 @@ pub(crate) const NR_IO_QUEUES: RangeInclusive<i64> = 1..=256;
 /// See [`NR_IO_QUEUES`].
 pub(crate) const MAX_NR_IO_QUEUES: u16 = 256;
 
+/// I/O queue pairs that a host of the embedded target may have: more than machines usually have processors, and each costs
+/// little until it is connected.
+pub(crate) const DEFAULT_EXPORT_IO_QUEUES: u16 = 128;
+
 /// Entries of an I/O submission queue. A queue of one entry is not allowed; above this only memory
 /// grows.
 pub(crate) const QUEUE_SIZE: RangeInclusive<i64> = 2..=4096;

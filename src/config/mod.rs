@@ -99,6 +99,8 @@ pub(crate) struct ExportConfig {
     pub(crate) allowed_hosts: Option<Vec<Nqn>>,
     /// How its namespaces are reached; `None` reports nothing of the kind.
     pub(crate) ana_state: Option<AnaState>,
+    /// I/O queues that one association of a host may have.
+    pub(crate) io_queues: u16,
     /// Who works.
     pub(crate) crew: Crew,
     /// Its namespaces, at least one, by ascending identifier from 1.
@@ -314,6 +316,7 @@ impl ExportConfig {
             subnqn: args.subnqn.unwrap_or_else(|| machine.default_subnqn()),
             allowed_hosts: (!args.allow_host.is_empty()).then_some(args.allow_host),
             ana_state: args.ana_state,
+            io_queues: args.nr_io_queues,
             crew: args.workers.crew(),
             namespaces,
         })

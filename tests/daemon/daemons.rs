@@ -142,6 +142,12 @@ impl Attach {
         serve
     }
 
+    /// The same, at this socket.
+    #[track_caller]
+    pub(crate) fn serve_at(socket: &Path, args: &[&str], spec: &str) -> Self {
+        Self::start_command(&[], "serve", socket, args, spec)
+    }
+
     #[track_caller]
     fn start_command(
         words: &[String],

@@ -378,6 +378,32 @@ fn a_request_of_a_new_region_is_not_taken_for_one_that_had_its_number_before() {
 }
 
 #[test]
+fn the_cache_mode_that_a_guest_chose_outlives_the_daemon() {
+    const WRITEBACK: u32 = 32;
+    let mut export = Export::start(&["ram:8M"]);
+    let mut disk = Disk::new();
+    disk.start(&[], export.uri());
+    let mut keeper = Keeper::connect(disk.socket(), Setup::default(), KEEP);
+    assert_eq!(keeper.guest.write(0, 0, &[1; 512]), OK);
+    assert!(keeper.guest.set_config(WRITEBACK, 0));
+    for _ in 0..2 {
+        disk.start(&[], export.uri());
+        keeper.reconnect(disk.socket());
+        assert_eq!(keeper.guest.write(0, 1, &[2; 512]), OK);
+    }
+    assert!(keeper.guest.set_config(WRITEBACK, 1));
+    disk.start(&[], export.uri());
+    keeper.reconnect(disk.socket());
+    assert_eq!(keeper.guest.write(0, 3, &[4; 512]), OK);
+    disk.kill();
+    export.stop();
+    assert_eq!(
+        (export.counter(1, "writes"), export.counter(1, "fua_writes")),
+        (4, 2)
+    );
+}
+
+#[test]
 fn a_local_disk_goes_on_where_a_killed_daemon_was() {
     let directory = Directory::new();
     let image = directory.path("disk.img");

@@ -27,6 +27,7 @@ use crate::queue::{Queue, QueueSetup, QueueUpdate};
 use crate::session::Rings;
 use crate::vring::{Kick, MAX_RING_SIZE, RingAddresses, Signal, Vring};
 
+mod cache_mode;
 mod device_state;
 mod inflight;
 mod log;
@@ -248,7 +249,7 @@ impl FrontEnd {
         self.vrings.fill_with(Vring::default);
         self.reset_region();
         self.features = None;
-        self.writeback = 1;
+        self.set_cache_mode(1);
     }
 }
 
@@ -488,8 +489,9 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
     ) -> VhostResult<()> {
         self.answered = true;
         let written = config::written_writeback(offset, bytes);
-        self.writeback =
+        let writeback =
             written.ok_or_else(|| refuse("only the cache mode can be written, to 0 or 1"))?;
+        self.set_cache_mode(writeback);
         self.update_all(&QueueUpdate::WriteThrough(self.write_through()));
         Ok(())
     }

@@ -212,7 +212,7 @@ impl FrontEnd {
         };
         let here = DeviceState::of(&self.device, self.writeback);
         saved.check(&here)?;
-        self.writeback = saved.writeback;
+        self.set_cache_mode(saved.writeback);
         self.update_all(&QueueUpdate::WriteThrough(self.write_through()));
         if saved.capacity != here.capacity {
             // The guest has seen the disk when it was smaller.

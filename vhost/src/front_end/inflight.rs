@@ -55,6 +55,7 @@ impl FrontEnd {
         match Region::open(shape, file) {
             Ok(region) => {
                 let tail = region.tail();
+                self.recall_cache_mode(&tail);
                 self.use_region(InflightRegion::Kept(region), Some(tail));
                 self.start_all_ready();
                 Ok(())

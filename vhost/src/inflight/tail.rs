@@ -8,6 +8,13 @@ use super::mapping::Mapping;
 
 /// Bytes in a tail.
 pub(crate) const TAIL: usize = 64 << 10;
+/// The first of them are this crate's.
+const OWN: usize = 64;
+/// The others are not.
+const LEN: usize = TAIL - OWN;
+
+/// "vblkwce" before the byte that the driver wrote to the configuration.
+const CACHE_MODE: u64 = u64::from_be_bytes(*b"vblkwce\0");
 
 /// Memory at the end of an in-flight region that means nothing to this crate and nothing to the
 /// front-end, which keeps it as it keeps the region. Handles on it are cheap and may be used from
@@ -58,13 +65,28 @@ impl Tail {
     /// Bytes that there are.
     #[expect(clippy::len_without_is_empty, reason = "it is never empty")]
     pub fn len(&self) -> usize {
-        TAIL
+        LEN
+    }
+
+    /// The cache mode that was kept, 0 or 1, if one was.
+    pub(crate) fn cache_mode(&self) -> Option<u8> {
+        match u64::from_le(self.memory.load(self.at)) ^ CACHE_MODE {
+            0 => Some(0),
+            1 => Some(1),
+            _ => None,
+        }
+    }
+
+    /// Keeps a cache mode, 0 or 1.
+    pub(crate) fn keep_cache_mode(&self, writeback: u8) {
+        let word = CACHE_MODE | u64::from(writeback & 1);
+        self.memory.store(self.at, word.to_le());
     }
 
     /// Where `len` bytes at `at` are in the mapping.
     fn place(&self, at: usize, len: usize) -> Option<usize> {
         let end = at.checked_add(len)?;
-        (end <= TAIL).then_some(self.at + at)
+        (end <= LEN).then_some(self.at + OWN + at)
     }
 
     /// Copies the bytes at `at`. False, and nothing is copied, when they are not all in the tail.
