@@ -230,9 +230,11 @@ impl DeviceLane {
             }
             LaneMessage::Release(paths) => self.inflight.release(paths, &self.limits),
             LaneMessage::Fail => self.failing = true,
-            LaneMessage::Grow { block_count } => {
+            LaneMessage::Grow { block_count, done } => {
                 self.limits.grow(block_count);
                 self.paths.grow(block_count);
+                // Who grows the disk may be gone.
+                let _ = done.send(());
             }
             LaneMessage::Fences { fences, done } => {
                 self.set_fences(fences);
