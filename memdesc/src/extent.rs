@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use crate::copy::{copy_anywhere, copy_apart};
 use crate::digest;
+use crate::padding::Memory;
 
 /// A range that does not lie inside what is described, or that ends before it begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,8 +80,18 @@ impl Segment {
 pub(crate) struct Extent {
     segments: Vec<Segment>,
     len: usize,
-    /// `Some` when the segments describe this very buffer.
-    owned: Option<Vec<u8>>,
+    kept: Kept,
+}
+
+/// Memory that goes with an extent.
+#[derive(Debug)]
+enum Kept {
+    /// All of it is someone else's.
+    Nothing,
+    /// The segments describe this very buffer.
+    Bytes(Vec<u8>),
+    /// Some of the segments point into this.
+    Padding(Arc<Memory>),
 }
 
 impl Extent {
@@ -91,7 +103,7 @@ impl Extent {
         Self {
             segments,
             len,
-            owned: None,
+            kept: Kept::Nothing,
         }
     }
 
@@ -106,7 +118,7 @@ impl Extent {
         Self {
             segments: list,
             len: bytes.len(),
-            owned: Some(bytes),
+            kept: Kept::Bytes(bytes),
         }
     }
 
@@ -115,17 +127,42 @@ impl Extent {
     }
 
     pub(crate) fn is_owned(&self) -> bool {
-        self.owned.is_some()
+        matches!(self.kept, Kept::Bytes(_))
+    }
+
+    /// It has memory of its own.
+    pub(crate) fn keeps_some(&self) -> bool {
+        !matches!(self.kept, Kept::Nothing)
+    }
+
+    /// Keeps what segments point into for as long as there is this extent, or a slice of it.
+    pub(crate) fn keep(&mut self, memory: Arc<Memory>) {
+        self.kept = Kept::Padding(memory);
+    }
+
+    /// Adds a segment at each end.
+    pub(crate) fn surround(&mut self, before: Option<Segment>, after: Option<Segment>) {
+        if let Some(before) = before {
+            self.segments.insert(0, before);
+        }
+        self.segments.extend(after);
+        let more = [before, after]
+            .into_iter()
+            .flatten()
+            .map(|segment| segment.len);
+        self.len = more.fold(self.len, usize::saturating_add);
     }
 
     pub(crate) fn into_parts(self) -> (Vec<Segment>, Option<Vec<u8>>) {
         let Self {
-            mut segments,
-            owned,
-            ..
+            mut segments, kept, ..
         } = self;
         segments.clear();
-        (segments, owned)
+        let bytes = match kept {
+            Kept::Bytes(bytes) => Some(bytes),
+            Kept::Nothing | Kept::Padding(_) => None,
+        };
+        (segments, bytes)
     }
 
     fn check(&self, offset: usize, len: usize) -> Result<(), OutOfBounds> {
@@ -207,7 +244,10 @@ impl Extent {
         Ok(Self {
             segments: list,
             len,
-            owned: None,
+            kept: match &self.kept {
+                Kept::Padding(memory) => Kept::Padding(Arc::clone(memory)),
+                Kept::Nothing | Kept::Bytes(_) => Kept::Nothing,
+            },
         })
     }
 
