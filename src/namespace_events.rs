@@ -343,6 +343,7 @@ mod tests {
                 num_queues: 1,
                 serial: None,
                 read_only: false,
+                emulate_512: false,
             };
             let namespace = found(BLOCKS);
             let device = Device::new(device_options(&choices, &controller(), &namespace));

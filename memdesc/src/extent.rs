@@ -92,6 +92,8 @@ enum Kept {
     Bytes(Vec<u8>),
     /// Some of the segments point into this.
     Padding(Arc<Memory>),
+    /// Some into the one, the others into the other.
+    Both(Box<(Vec<u8>, Arc<Memory>)>),
 }
 
 impl Extent {
@@ -127,17 +129,20 @@ impl Extent {
     }
 
     pub(crate) fn is_owned(&self) -> bool {
-        matches!(self.kept, Kept::Bytes(_))
+        matches!(self.kept, Kept::Bytes(_) | Kept::Both(_))
     }
 
-    /// It has memory of its own.
-    pub(crate) fn keeps_some(&self) -> bool {
-        !matches!(self.kept, Kept::Nothing)
+    /// It has a padding.
+    pub(crate) fn is_padded(&self) -> bool {
+        matches!(self.kept, Kept::Padding(_) | Kept::Both(_))
     }
 
-    /// Keeps what segments point into for as long as there is this extent, or a slice of it.
+    /// Keeps what segments point into for as long as there is this extent, or a slice of it. It has no padding before.
     pub(crate) fn keep(&mut self, memory: Arc<Memory>) {
-        self.kept = Kept::Padding(memory);
+        self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
+            Kept::Bytes(bytes) => Kept::Both(Box::new((bytes, memory))),
+            Kept::Nothing | Kept::Padding(_) | Kept::Both(_) => Kept::Padding(memory),
+        };
     }
 
     /// Adds a segment at each end.
@@ -160,6 +165,7 @@ impl Extent {
         segments.clear();
         let bytes = match kept {
             Kept::Bytes(bytes) => Some(bytes),
+            Kept::Both(both) => Some(both.0),
             Kept::Nothing | Kept::Padding(_) => None,
         };
         (segments, bytes)
@@ -246,7 +252,8 @@ impl Extent {
             len,
             kept: match &self.kept {
                 Kept::Padding(memory) => Kept::Padding(Arc::clone(memory)),
-                Kept::Nothing | Kept::Bytes(_) => Kept::Nothing,
+                // Whoever slices what is owned copies it.
+                Kept::Nothing | Kept::Bytes(_) | Kept::Both(_) => Kept::Nothing,
             },
         })
     }
