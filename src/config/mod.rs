@@ -484,10 +484,10 @@ mod tests {
             "--emulate-512",
             "ram:1M,block-size=4096",
         ];
-        let Invocation::Serve(_, args) = command_line(&serve) else {
+        let Invocation::Serve(_, mut disks) = command_line(&serve) else {
             panic!();
         };
-        let config = ServeConfig::resolve(*args, &Machine::default()).unwrap();
+        let config = ServeConfig::resolve(disks.remove(0), &Machine::default()).unwrap();
         assert!(config.choices.emulate_512);
         assert_eq!(config.host.nr_io_queues, 1);
     }

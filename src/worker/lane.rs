@@ -172,9 +172,7 @@ impl DeviceLane {
             fenced: None,
             rings: Vec::new(),
             inflight: Inflight::new(slots),
-            sectors: emulate_512
-                .then(|| Sectors::new(&limits, slots))
-                .flatten(),
+            sectors: emulate_512.then(|| Sectors::new(&limits, slots)).flatten(),
             gate: throttle.map(|throttle| Gate::new(throttle, slots)),
             storage: Storage::new(slots),
             failures: FailureLog::default(),

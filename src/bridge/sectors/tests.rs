@@ -452,7 +452,7 @@ fn one_that_waits_can_be_given_up_and_those_behind_it_go_on() {
 #[test]
 fn writes_of_an_earlier_life_go_on_in_their_order_when_what_was_collected_is_released() {
     let mut world = World::new(4096);
-    let mut recover = |world: &mut World, asked: Asked| {
+    let recover = |world: &mut World, asked: Asked| {
         let request = world.asked.len();
         world.asked.push(Some(asked));
         let operation = asked.operation();
@@ -495,7 +495,9 @@ fn there_are_places_for_more_requests_than_expected() {
     for sector in 0..3 * SLOTS {
         let asked = write(sector, 1);
         world.asked.push(Some(asked));
-        let recovered = world.sectors.recover(sector, asked.operation(), &world.limits);
+        let recovered = world
+            .sectors
+            .recover(sector, asked.operation(), &world.limits);
         assert!(recovered.is_none());
     }
     world.sectors.collected();

@@ -41,8 +41,7 @@ impl DeviceLane {
         };
         inflight.note_lost(guest.owner, &operation, already, limits);
         let (guest, operation) = sectors.recover(guest, operation, limits)?;
-        if let Some((mut guest, operation, job)) =
-            sectors.arrive(guest, operation, limits, storage)
+        if let Some((mut guest, operation, job)) = sectors.arrive(guest, operation, limits, storage)
         {
             guest.job = job;
             self.open(guest, operation);
@@ -52,7 +51,11 @@ impl DeviceLane {
 
     /// What earlier lives may still write is known everywhere, if that is what was released.
     pub(super) fn release_recovered(&mut self, paths: PathSet) {
-        if let Some(sectors) = self.sectors.as_mut().filter(|_| paths.contains(EARLIER_LIFE)) {
+        if let Some(sectors) = self
+            .sectors
+            .as_mut()
+            .filter(|_| paths.contains(EARLIER_LIFE))
+        {
             sectors.released();
         }
     }
@@ -97,7 +100,11 @@ impl DeviceLane {
         } = finished;
         match sectors.advance(job, operation, outcome, storage) {
             // Whoever has the ring next begins it anew.
-            Next::Begin(operation) if rings.iter().any(|ring| ring.leaving && ring.index == guest.ring) => {
+            Next::Begin(operation)
+                if rings
+                    .iter()
+                    .any(|ring| ring.leaving && ring.index == guest.ring) =>
+            {
                 sectors.abandon(job);
                 storage.keep(operation);
                 let mut rings = rings.iter_mut();
