@@ -309,7 +309,7 @@ fn a_ring_stops_when_what_waits_for_others_is_done_too() {
 fn a_ring_that_is_late_fails_what_waits_for_others_as_well() {
     let export = Export::start(&["ram:8M,block-size=4096"]);
     let proxy = Proxy::start(export.address());
-    let args = [&QUICK[..], &[EMULATE, "--drain-tmo", "1"]].concat();
+    let args = [&QUICK[..], &[EMULATE, "--drain-timeout", "1"]].concat();
     let disk = Attach::start_with(&args, &proxy.uri(export.subsystem()));
     let mut guest = rings(&disk);
     assert_eq!(guest.write(0, 0, &[1; 4096]), OK);
