@@ -88,7 +88,7 @@ impl Keeper {
     /// Fills the end of the region with nonsense, where daemons keep what the next needs.
     #[track_caller]
     pub(crate) fn spoil_tail(&self) {
-        let tail = 64 << 10;
+        let tail = (64 << 10) + 64;
         let at = self.shape.mmap_offset + self.shape.mmap_size - tail;
         let bytes = vec![0x5a; usize::try_from(tail).expect("64 bits")];
         self.file.write_all_at(&bytes, at).expect("written");

@@ -31,7 +31,7 @@ use crate::device::MAX_QUEUES;
 use crate::vring::MAX_RING_SIZE;
 use mapping::Mapping;
 use ring::{ALIGNMENT, part_len};
-use tail::TAIL;
+use tail::PRIVATE;
 
 /// What the files of regions are called in `/proc`.
 const NAME: &str = "vhost-user-blk-inflight";
@@ -109,7 +109,7 @@ impl Region {
     /// There are more rings or entries than any device has, or there is no memory.
     pub(crate) fn make(rings: u16, entries: u16) -> Result<(RegionShape, File), InflightError> {
         let shape = RegionShape {
-            len: (parts_len(rings, entries) + TAIL) as u64,
+            len: (parts_len(rings, entries) + PRIVATE) as u64,
             offset: 0,
             rings,
             entries,
@@ -130,7 +130,7 @@ impl Region {
     pub(crate) fn open(shape: RegionShape, file: File) -> Result<Self, InflightError> {
         shape.check()?;
         let parts = parts_len(shape.rings, shape.entries);
-        let most = parts_len(MAX_QUEUES, u16::try_from(MAX_RING_SIZE).unwrap_or(u16::MAX)) + TAIL;
+        let most = parts_len(MAX_QUEUES, u16::try_from(MAX_RING_SIZE).unwrap_or(u16::MAX)) + PRIVATE;
         let len = usize::try_from(shape.len).unwrap_or(usize::MAX);
         if len < parts {
             return Err(InflightError::TooShort {
@@ -148,7 +148,7 @@ impl Region {
         keep_whole(&file, shape)?;
         let memory = Arc::new(Mapping::shared(file, shape.offset, len)?);
         let fresh = check_parts(&memory, shape)?;
-        let tail = if len >= parts + TAIL {
+        let tail = if len >= parts + PRIVATE {
             Tail::new(Arc::clone(&memory), parts, fresh)
         } else {
             Tail::elsewhere(fresh, true)?

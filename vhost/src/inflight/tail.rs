@@ -8,10 +8,10 @@ use super::mapping::Mapping;
 
 /// Bytes in a tail.
 pub(crate) const TAIL: usize = 64 << 10;
-/// The first of them are this crate's.
+/// Bytes behind it that are this crate's.
 const OWN: usize = 64;
-/// The others are not.
-const LEN: usize = TAIL - OWN;
+/// Both.
+pub(crate) const PRIVATE: usize = TAIL + OWN;
 
 /// "vblkwce" before the byte that the driver wrote to the configuration.
 const CACHE_MODE: u64 = u64::from_be_bytes(*b"vblkwce\0");
@@ -30,7 +30,7 @@ pub struct Tail {
 }
 
 impl Tail {
-    /// The `TAIL` bytes of `memory` from `at` on, a multiple of 64.
+    /// The `PRIVATE` bytes of `memory` from `at` on, a multiple of 64.
     pub(super) fn new(memory: Arc<Mapping>, at: usize, fresh: bool) -> Self {
         Self {
             memory,
@@ -43,7 +43,7 @@ impl Tail {
     /// A tail in private memory, for a region that has none or for none.
     pub(crate) fn elsewhere(fresh: bool, kept: bool) -> Result<Self, MmapRegionError> {
         Ok(Self {
-            memory: Arc::new(Mapping::private(TAIL)?),
+            memory: Arc::new(Mapping::private(PRIVATE)?),
             at: 0,
             fresh,
             kept,
@@ -65,12 +65,12 @@ impl Tail {
     /// Bytes that there are.
     #[expect(clippy::len_without_is_empty, reason = "it is never empty")]
     pub fn len(&self) -> usize {
-        LEN
+        TAIL
     }
 
     /// The cache mode that was kept, 0 or 1, if one was.
     pub(crate) fn cache_mode(&self) -> Option<u8> {
-        match u64::from_le(self.memory.load(self.at)) ^ CACHE_MODE {
+        match u64::from_le(self.memory.load(self.at + TAIL)) ^ CACHE_MODE {
             0 => Some(0),
             1 => Some(1),
             _ => None,
@@ -80,13 +80,13 @@ impl Tail {
     /// Keeps a cache mode, 0 or 1.
     pub(crate) fn keep_cache_mode(&self, writeback: u8) {
         let word = CACHE_MODE | u64::from(writeback & 1);
-        self.memory.store(self.at, word.to_le());
+        self.memory.store(self.at + TAIL, word.to_le());
     }
 
     /// Where `len` bytes at `at` are in the mapping.
     fn place(&self, at: usize, len: usize) -> Option<usize> {
         let end = at.checked_add(len)?;
-        (end <= LEN).then_some(self.at + OWN + at)
+        (end <= TAIL).then_some(self.at + at)
     }
 
     /// Copies the bytes at `at`. False, and nothing is copied, when they are not all in the tail.

@@ -9,7 +9,7 @@ use super::*;
 
 const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 /// Bytes of a region for four rings of 16 entries, with 64 KiB behind.
-const REGION_LEN: u64 = 4 * 320 + 65536;
+const REGION_LEN: u64 = 4 * 320 + 65600;
 
 /// A region as a front-end keeps it.
 struct Kept {
