@@ -9,7 +9,7 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 
 use crate::daemons::{Attach, Directory, Export};
 use crate::front_end::{DATA, FrontEnd, IOERR, OK, SECTOR, Setup, kind};
-use crate::keeper::{KEEP, Keeper};
+use crate::keeper::{KEEP, Keeper, SUSPEND};
 use crate::noise::noise;
 use crate::outages::{BACK, QUICK, WHILE, await_logged};
 use crate::proxy::Proxy;
@@ -273,6 +273,34 @@ fn a_daemon_that_is_killed_between_reading_a_block_and_writing_it_is_not_noticed
         drop(disk);
         disk = Attach::start_at(&socket, &args, export.uri());
         keeper.reconnect(&socket);
+        batch.finish(&mut keeper.guest, &mut model);
+        eprintln!("round {round}");
+        model.check(&mut keeper.guest);
+    }
+    drop(keeper);
+    disk.stop();
+    assert_eq!(disk.counter("errors"), 0);
+}
+
+#[test]
+fn rings_that_are_suspended_leave_what_waits_for_others_as_well() {
+    let export = Export::start(&[SLOW]);
+    let args = [&QUICK[..], &[EMULATE]].concat();
+    let mut disk = Attach::start_with(&args, export.uri());
+    let setup = Setup {
+        rings: RINGS,
+        ..Setup::default()
+    };
+    let mut keeper = Keeper::connect(&disk.socket, setup, SUSPEND);
+    let mut model = Model::fill(&mut keeper.guest);
+    for round in 0..4 {
+        let batch = Batch::submit(&mut keeper.guest, 300 + round);
+        thread::sleep(Duration::from_millis(3 + 5 * round));
+        for ring in 0..RINGS {
+            let base = keeper.guest.frontend.get_vring_base(ring);
+            base.expect("GET_VRING_BASE");
+        }
+        keeper.reconnect(&disk.socket);
         batch.finish(&mut keeper.guest, &mut model);
         eprintln!("round {round}");
         model.check(&mut keeper.guest);
