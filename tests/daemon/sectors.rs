@@ -7,14 +7,17 @@ use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 
-use crate::daemons::{Attach, Export};
+use crate::daemons::{Attach, Directory, Export};
 use crate::front_end::{DATA, FrontEnd, IOERR, OK, SECTOR, Setup, kind};
+use crate::keeper::{KEEP, Keeper, SUSPEND};
 use crate::noise::noise;
 use crate::outages::{BACK, QUICK, WHILE, await_logged};
 use crate::proxy::Proxy;
 use crate::ring::{into, out};
 
 const EMULATE: &str = "--emulate-512";
+/// Storage with commands under way at any time.
+const SLOW: &str = "ram:8M,block-size=4096,fault=delay=1ms-20ms:read,fault=delay=1ms-20ms:write";
 /// Sectors that the tests work on, so few that requests meet all the time.
 const SECTORS: u64 = 96;
 /// Rings of a guest.
@@ -171,7 +174,7 @@ fn a_guest_sees_sectors_and_what_it_writes_to_one_changes_no_other() {
 
 #[test]
 fn requests_of_a_file_that_takes_no_unaligned_memory_are_as_right() {
-    let directory = crate::daemons::Directory::new();
+    let directory = Directory::new();
     let path = directory.path("disk.img");
     std::fs::write(&path, vec![0; 1 << 20]).expect("an image");
     for options in ["", ",direct"] {
@@ -225,8 +228,7 @@ fn without_the_option_such_requests_fail_and_one_line_names_it() {
 
 #[test]
 fn a_path_that_is_lost_between_reading_a_block_and_writing_it_is_not_noticed() {
-    let slow = "ram:8M,block-size=4096,fault=delay=1ms-20ms:read,fault=delay=1ms-20ms:write";
-    let export = Export::start(&[slow]);
+    let export = Export::start(&[SLOW]);
     let proxy = Proxy::start(export.address());
     let args = [&QUICK[..], &[EMULATE]].concat();
     let mut disk = Attach::start_with(&args, &proxy.uri(export.subsystem()));
@@ -250,6 +252,62 @@ fn a_path_that_is_lost_between_reading_a_block_and_writing_it_is_not_noticed() {
         .iter()
         .filter_map(|fields| fields["replayed"].as_u64());
     assert!(replayed.sum::<u64>() > 0, "nothing was ever in flight");
+}
+
+#[test]
+fn a_daemon_that_is_killed_between_reading_a_block_and_writing_it_is_not_noticed() {
+    let export = Export::start(&[SLOW]);
+    let args = [&QUICK[..], &[EMULATE]].concat();
+    let directory = Directory::new();
+    let socket = directory.path("disk.sock");
+    let mut disk = Attach::start_at(&socket, &args, export.uri());
+    let setup = Setup {
+        rings: RINGS,
+        ..Setup::default()
+    };
+    let mut keeper = Keeper::connect(&socket, setup, KEEP);
+    let mut model = Model::fill(&mut keeper.guest);
+    for round in 0..4 {
+        let batch = Batch::submit(&mut keeper.guest, 200 + round);
+        thread::sleep(Duration::from_millis(5 + 9 * round));
+        drop(disk);
+        disk = Attach::start_at(&socket, &args, export.uri());
+        keeper.reconnect(&socket);
+        batch.finish(&mut keeper.guest, &mut model);
+        eprintln!("round {round}");
+        model.check(&mut keeper.guest);
+    }
+    drop(keeper);
+    disk.stop();
+    assert_eq!(disk.counter("errors"), 0);
+}
+
+#[test]
+fn rings_that_are_suspended_leave_what_waits_for_others_as_well() {
+    let export = Export::start(&[SLOW]);
+    let args = [&QUICK[..], &[EMULATE]].concat();
+    let mut disk = Attach::start_with(&args, export.uri());
+    let setup = Setup {
+        rings: RINGS,
+        ..Setup::default()
+    };
+    let mut keeper = Keeper::connect(&disk.socket, setup, SUSPEND);
+    let mut model = Model::fill(&mut keeper.guest);
+    for round in 0..4 {
+        let batch = Batch::submit(&mut keeper.guest, 300 + round);
+        thread::sleep(Duration::from_millis(3 + 5 * round));
+        for ring in 0..RINGS {
+            let base = keeper.guest.frontend.get_vring_base(ring);
+            base.expect("GET_VRING_BASE");
+        }
+        keeper.reconnect(&disk.socket);
+        batch.finish(&mut keeper.guest, &mut model);
+        eprintln!("round {round}");
+        model.check(&mut keeper.guest);
+    }
+    drop(keeper);
+    disk.stop();
+    assert_eq!(disk.counter("errors"), 0);
 }
 
 #[test]
