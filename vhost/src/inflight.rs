@@ -130,7 +130,8 @@ impl Region {
     pub(crate) fn open(shape: RegionShape, file: File) -> Result<Self, InflightError> {
         shape.check()?;
         let parts = parts_len(shape.rings, shape.entries);
-        let most = parts_len(MAX_QUEUES, u16::try_from(MAX_RING_SIZE).unwrap_or(u16::MAX)) + PRIVATE;
+        let most =
+            parts_len(MAX_QUEUES, u16::try_from(MAX_RING_SIZE).unwrap_or(u16::MAX)) + PRIVATE;
         let len = usize::try_from(shape.len).unwrap_or(usize::MAX);
         if len < parts {
             return Err(InflightError::TooShort {
