@@ -149,6 +149,10 @@ pub(crate) struct DiskArgs {
     /// Offer a read-only disk
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// Sectors of 512 bytes where the namespace has larger blocks: for firmware, boot loaders and guests that know no
+    /// others. What begins or ends within a block is read, changed and written; all requests are worked on by one lane
+    #[arg(long, conflicts_with = "nr_io_queues")]
+    pub(crate) emulate_512: bool,
     #[command(flatten)]
     pub(crate) rates: RateArgs,
     #[command(flatten)]

@@ -239,13 +239,14 @@ impl Disk {
                 slots: LANE_SLOTS,
                 throttle: throttle.clone(),
                 poll_max,
+                emulate_512: choices.emulate_512,
             };
             workers
                 .place(Box::new(move || Box::new(DeviceLane::new(setup))))
                 .await;
             lanes.push(mailbox);
         }
-        if namespace.block_size > GUEST_BLOCK_MAX {
+        if namespace.block_size > GUEST_BLOCK_MAX && !choices.emulate_512 {
             tracing::warn!(
                 disk = name,
                 "blocks of {} bytes: guests with pages of {GUEST_BLOCK_MAX} bytes may refuse the disk",
@@ -255,6 +256,7 @@ impl Disk {
         tracing::info!(
             disk = name,
             block_size = namespace.block_size,
+            emulate_512 = choices.emulate_512,
             blocks = namespace.block_count,
             lanes = lanes.len(),
             "disk ready"

@@ -119,6 +119,11 @@ pub(crate) const MAX_SLOTS: usize = 1 << 16;
 /// default size carries several times over.
 pub(crate) const LANE_SLOTS: usize = 1024;
 
+/// Memory of a disk with `--emulate-512` for what surrounds requests that are not aligned.
+pub(crate) const EMULATION_BYTES: usize = 1 << 20;
+/// Such requests at work at once, whatever the size of a block is; more wait.
+pub(crate) const EMULATION_REQUESTS: RangeInclusive<usize> = 4..=128;
+
 /// Paths of one disk: more than there are controllers of any subsystem that a host connects to, and few enough to
 /// look at each for every command.
 pub(crate) const MAX_PATHS: usize = 16;

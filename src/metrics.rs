@@ -73,6 +73,8 @@ counters! {
     written_bytes,
     /// Requests that waited for the limits of the disk.
     throttled,
+    /// Requests that begin or end within a block of the namespace, where the disk takes such.
+    unaligned,
     /// NVMe commands sent.
     commands,
     /// Payload bytes copied inside the process.

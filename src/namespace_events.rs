@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nvmf::host::{Association, HostError, HostEvent, Inquiry, NamespaceInfo};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use vhost_user_blk::Device;
 
 use crate::reconnect::verify::{NotTheSame, verify};
@@ -258,6 +258,10 @@ impl Disk {
         }
         let before = {
             let mut known = self.known();
+            if found.block_count < known.namespace.block_count {
+                // Another association has seen it larger since this one was asked.
+                return;
+            }
             std::mem::replace(&mut known.namespace, found.clone()).block_count
         };
         if found.block_count > before {
@@ -272,9 +276,16 @@ impl Disk {
 
     /// Shows the guest a larger disk, once all lanes take requests for it.
     async fn grow(&self, found: &NamespaceInfo, before: u64) {
+        let mut answers = Vec::with_capacity(self.lanes.len());
         for lane in &self.lanes {
             let block_count = found.block_count;
-            lane.send(LaneMessage::Grow { block_count }).await;
+            let (done, answer) = oneshot::channel();
+            lane.send(LaneMessage::Grow { block_count, done }).await;
+            answers.push(answer);
+        }
+        for answer in answers {
+            // A lane that is gone takes no requests at all.
+            let _ = answer.await;
         }
         let told = self.device.set_capacity(found.capacity() / SECTOR);
         let reaches = match told {
@@ -310,6 +321,7 @@ impl Disk {
 #[cfg(test)]
 mod tests {
     use nvmf::spec::Status;
+    use tokio::time::timeout;
     use uuid::Uuid;
 
     use super::*;
@@ -331,6 +343,7 @@ mod tests {
                 num_queues: 1,
                 serial: None,
                 read_only: false,
+                emulate_512: false,
             };
             let namespace = found(BLOCKS);
             let device = Device::new(device_options(&choices, &controller(), &namespace));
@@ -370,18 +383,41 @@ mod tests {
         }
     }
 
+    /// Polls until nothing goes on any more but what waits for an answer.
+    async fn settle(growing: &mut (impl Future<Output = ()> + Unpin)) -> bool {
+        timeout(Duration::from_millis(20), growing).await.is_ok()
+    }
+
     #[tokio::test]
-    async fn growth_is_told_to_the_lanes_before_the_guest() {
+    async fn a_guest_sees_growth_once_every_lane_takes_requests_for_the_new_blocks() {
         let mut bench = Bench::new();
         bench.looked(Ok(Some(found(BLOCKS)))).await;
         assert!(bench.is_quiet());
-        bench.looked(Ok(Some(found(3000)))).await;
-        let told = bench.lane.try_recv();
-        assert!(matches!(told, Ok(LaneMessage::Grow { block_count: 3000 })));
-        assert_eq!(bench.capacity(), 3000);
-        assert_eq!(bench.events.namespace().block_count, 3000);
-        bench.events.found(&found(4000)).await;
-        assert_eq!(bench.capacity(), 4000);
+        let (disk, device) = {
+            let disk = &bench.events.disk;
+            (Arc::clone(disk), Arc::clone(&disk.device))
+        };
+        for (blocks, before) in [(3000, BLOCKS), (4000, 3000)] {
+            let namespace = found(blocks);
+            let mut growing = Box::pin(disk.same(&namespace));
+            assert!(!settle(&mut growing).await, "the lane has not answered");
+            assert_eq!(device.capacity(), before);
+            let Ok(LaneMessage::Grow { block_count, done }) = bench.lane.try_recv() else {
+                panic!("the lane was not told");
+            };
+            assert_eq!(block_count, blocks);
+            done.send(()).unwrap();
+            assert!(settle(&mut growing).await);
+            assert_eq!(device.capacity(), blocks);
+            assert_eq!(bench.events.namespace().block_count, blocks);
+        }
+        // What another association was asked before that is old.
+        disk.same(&found(3000)).await;
+        assert_eq!(bench.events.namespace().block_count, 4000);
+        // A lane that is gone answers nothing, and is not waited for.
+        drop(bench.lane);
+        disk.same(&found(5000)).await;
+        assert_eq!(device.capacity(), 5000);
     }
 
     #[tokio::test]
@@ -396,7 +432,9 @@ mod tests {
             assert!(bench.is_quiet() && !bench.trouble());
         }
         bench.looked(Ok(None)).await;
-        bench.looked(Ok(Some(found(BLOCKS + 1)))).await;
+        let told = async { assert!(bench.lane.recv().await.is_some()) };
+        let grown = Ok(Some(found(BLOCKS + 1)));
+        tokio::join!(bench.events.disk.looked(grown, NUMBER, 7), told);
         assert!(!bench.trouble());
         assert_eq!(bench.capacity(), BLOCKS + 1);
     }

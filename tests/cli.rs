@@ -233,6 +233,8 @@ fn malformed_names_and_numbers_are_named() {
     ] {
         attach_refused(&[option, value, &uri], &[option, value, word]);
     }
+    let both = ["--emulate-512", "--nr-io-queues", "2", &uri];
+    attach_refused(&both, &["--emulate-512", "--nr-io-queues"]);
     for (option, value, word) in [
         ("--subnqn", "disks", "nqn."),
         ("--allow-host", "host1", "nqn."),

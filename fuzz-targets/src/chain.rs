@@ -43,6 +43,7 @@ const KINDS: [u32; 8] = [0, 1, 4, 8, 11, 13, 2, 99];
 /// A request that the device took and has not answered.
 struct Held {
     token: Token,
+    operation: Operation,
     head: u16,
     status: u64,
     /// What is written besides the status when all goes well.
@@ -325,9 +326,10 @@ impl Rig {
     /// Compares a request with what it should be, and has its data moved.
     fn begin(&mut self, request: Request, ask: &Ask, head: u16, status: u64) {
         let mut written = 1;
-        match (request.operation, ask) {
-            (Operation::Read { sector, mut sink }, Ask::Read(from, spans)) => {
-                assert_eq!(sector, *from);
+        let mut operation = request.operation;
+        match (&mut operation, ask) {
+            (Operation::Read { sector, sink }, Ask::Read(from, spans)) => {
+                assert_eq!(sector, from);
                 assert_eq!(sink.len(), total(spans));
                 let byte = 0x80 | head as u8;
                 sink.fill(0..sink.len(), byte).expect("all of it");
@@ -335,7 +337,7 @@ impl Rig {
                 written += sink.len() as u32;
             }
             (Operation::Write { sector, source, .. }, Ask::Write(to, spans)) => {
-                assert_eq!(sector, *to);
+                assert_eq!(sector, to);
                 assert_eq!(source.len(), total(spans));
                 let mut at = 0;
                 let mut bytes = vec![0; REGION as usize];
@@ -356,6 +358,7 @@ impl Rig {
         }
         self.held.push(Held {
             token: request.token,
+            operation,
             head,
             status,
             written,
@@ -387,7 +390,7 @@ impl Rig {
             2 => (BlkStatus::IoError, 1),
             _ => (BlkStatus::Unsupported, 2),
         };
-        self.queue.finish(held.token, status);
+        self.queue.finish(held.token, &held.operation, status);
         self.shadow.write(held.status, &[byte]);
         self.stage(held.head, if byte == 0 { held.written } else { 1 });
         self.compare();
@@ -442,7 +445,8 @@ impl Rig {
             }
             let reason = self.queue.broken().expect("it is broken");
             for held in self.held.drain(..) {
-                self.queue.finish(held.token, BlkStatus::Ok);
+                self.queue
+                    .finish(held.token, &held.operation, BlkStatus::Ok);
             }
             assert!(!self.queue.flush() && !self.queue.rearm());
             assert_eq!(self.queue.take(&mut Vec::new).err(), Some(reason));

@@ -49,6 +49,7 @@ pub(crate) fn options(read_only: bool) -> DeviceOptions {
         max_write_zeroes_seg: 2,
         write_zeroes_may_unmap: true,
         serial: *b"SERIAL-OF-THE-DISK-1",
+        identity: None,
     }
 }
 

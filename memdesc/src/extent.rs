@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use crate::copy::{copy_anywhere, copy_apart};
 use crate::digest;
+use crate::padding::Memory;
 
 /// A range that does not lie inside what is described, or that ends before it begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,8 +80,20 @@ impl Segment {
 pub(crate) struct Extent {
     segments: Vec<Segment>,
     len: usize,
-    /// `Some` when the segments describe this very buffer.
-    owned: Option<Vec<u8>>,
+    kept: Kept,
+}
+
+/// Memory that goes with an extent.
+#[derive(Debug)]
+enum Kept {
+    /// All of it is someone else's.
+    Nothing,
+    /// The segments describe this very buffer.
+    Bytes(Vec<u8>),
+    /// Some of the segments point into this.
+    Padding(Arc<Memory>),
+    /// Some into the one, the others into the other.
+    Both(Box<(Vec<u8>, Arc<Memory>)>),
 }
 
 impl Extent {
@@ -91,7 +105,7 @@ impl Extent {
         Self {
             segments,
             len,
-            owned: None,
+            kept: Kept::Nothing,
         }
     }
 
@@ -106,7 +120,7 @@ impl Extent {
         Self {
             segments: list,
             len: bytes.len(),
-            owned: Some(bytes),
+            kept: Kept::Bytes(bytes),
         }
     }
 
@@ -115,17 +129,46 @@ impl Extent {
     }
 
     pub(crate) fn is_owned(&self) -> bool {
-        self.owned.is_some()
+        matches!(self.kept, Kept::Bytes(_) | Kept::Both(_))
+    }
+
+    /// It has a padding.
+    pub(crate) fn is_padded(&self) -> bool {
+        matches!(self.kept, Kept::Padding(_) | Kept::Both(_))
+    }
+
+    /// Keeps what segments point into for as long as there is this extent, or a slice of it. It has no padding before.
+    pub(crate) fn keep(&mut self, memory: Arc<Memory>) {
+        self.kept = match std::mem::replace(&mut self.kept, Kept::Nothing) {
+            Kept::Bytes(bytes) => Kept::Both(Box::new((bytes, memory))),
+            Kept::Nothing | Kept::Padding(_) | Kept::Both(_) => Kept::Padding(memory),
+        };
+    }
+
+    /// Adds a segment at each end.
+    pub(crate) fn surround(&mut self, before: Option<Segment>, after: Option<Segment>) {
+        if let Some(before) = before {
+            self.segments.insert(0, before);
+        }
+        self.segments.extend(after);
+        let more = [before, after]
+            .into_iter()
+            .flatten()
+            .map(|segment| segment.len);
+        self.len = more.fold(self.len, usize::saturating_add);
     }
 
     pub(crate) fn into_parts(self) -> (Vec<Segment>, Option<Vec<u8>>) {
         let Self {
-            mut segments,
-            owned,
-            ..
+            mut segments, kept, ..
         } = self;
         segments.clear();
-        (segments, owned)
+        let bytes = match kept {
+            Kept::Bytes(bytes) => Some(bytes),
+            Kept::Both(both) => Some(both.0),
+            Kept::Nothing | Kept::Padding(_) => None,
+        };
+        (segments, bytes)
     }
 
     fn check(&self, offset: usize, len: usize) -> Result<(), OutOfBounds> {
@@ -207,7 +250,11 @@ impl Extent {
         Ok(Self {
             segments: list,
             len,
-            owned: None,
+            kept: match &self.kept {
+                Kept::Padding(memory) => Kept::Padding(Arc::clone(memory)),
+                // Whoever slices what is owned copies it.
+                Kept::Nothing | Kept::Bytes(_) | Kept::Both(_) => Kept::Nothing,
+            },
         })
     }
 

@@ -5,6 +5,7 @@
 //! | contiguous memory, scatter lists, guest memory | `from_segments`: one segment, or several; a guest's are those of its memory map |
 //! | owned bytes | `from_bytes`, which also gives them back |
 //! | zeroes | [`MemSource::zeroes`] |
+//! | other memory, with private memory at either end | [`Padding`] |
 //! | a range of a file | [`FileSource`] and [`FileSink`], types of their own: see there |
 //!
 //! A memdesc is a list of segments and what keeps them mapped. [`MemSource`] is memory that is
@@ -28,11 +29,13 @@ mod copy;
 mod digest;
 mod extent;
 mod file;
+mod padding;
 mod sink;
 mod source;
 
 pub use extent::{OutOfBounds, Segment};
 pub use file::{FileError, FileSink, FileSource};
+pub use padding::Padding;
 pub use sink::MemSink;
 pub use source::MemSource;
 

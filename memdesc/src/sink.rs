@@ -111,6 +111,14 @@ impl MemSink {
         self.0.into_parts()
     }
 
+    pub(crate) fn from_extent(extent: Extent) -> Self {
+        Self(extent)
+    }
+
+    pub(crate) fn extent_mut(&mut self) -> &mut Extent {
+        &mut self.0
+    }
+
     pub(crate) fn extent(&mut self) -> &Extent {
         &self.0
     }

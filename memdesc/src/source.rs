@@ -120,6 +120,10 @@ impl MemSource {
         Self(extent)
     }
 
+    pub(crate) fn extent_mut(&mut self) -> &mut Extent {
+        &mut self.0
+    }
+
     pub(crate) fn extent(&self) -> &Extent {
         &self.0
     }

@@ -25,6 +25,8 @@ pub(crate) struct Choices {
     pub(crate) serial: Option<Serial>,
     /// The guest may not write.
     pub(crate) read_only: bool,
+    /// Sectors of 512 bytes, whatever the size of a block is.
+    pub(crate) emulate_512: bool,
 }
 
 /// Describes the disk. Apart from what the user chooses, only sizes and hints depend on the
@@ -34,11 +36,20 @@ pub(crate) fn device_options(
     controller: &ControllerInfo,
     namespace: &NamespaceInfo,
 ) -> DeviceOptions {
-    let block_size = namespace.block_size;
-    let sectors_per_block = (block_size / SECTOR).max(1);
+    let sectors_per_block = (namespace.block_size / SECTOR).max(1);
+    // What the guest takes for a block, and how many of those a block is.
+    let (block_size, blocks) = match choices.emulate_512 {
+        true => (SECTOR, sectors_per_block),
+        false => (namespace.block_size, 1),
+    };
     let optimal = &namespace.optimal;
-    let granularity = optimal.write_granularity.unwrap_or(1);
-    let min_io_blocks = unit(granularity, optimal.write_alignment);
+    let granularity = optimal
+        .write_granularity
+        .unwrap_or(1)
+        .saturating_mul(blocks);
+    let alignment = optimal.write_alignment;
+    let alignment = alignment.map(|alignment| alignment.saturating_mul(blocks));
+    let min_io_blocks = unit(granularity, alignment);
     let discard_blocks = unit(
         optimal.deallocate_granularity.unwrap_or(1),
         optimal.deallocate_alignment,
@@ -54,6 +65,7 @@ pub(crate) fn device_options(
         min_io_blocks: u16::try_from(min_io_blocks).unwrap_or(u16::MAX),
         opt_io_blocks: optimal
             .write_size
+            .map(|size| size.saturating_mul(blocks))
             .filter(|blocks| blocks.is_multiple_of(min_io_blocks))
             .unwrap_or(0),
         read_only: choices.read_only,
@@ -139,6 +151,7 @@ mod tests {
         num_queues: 64,
         serial: None,
         read_only: false,
+        emulate_512: false,
     };
 
     fn options(namespace: &NamespaceInfo) -> DeviceOptions {
@@ -189,6 +202,36 @@ mod tests {
         let options = with(512, 65536);
         assert_eq!(options.min_io_blocks, u16::MAX);
         assert_eq!(with(512, 6).physical_block_exp, 0);
+    }
+
+    #[test]
+    fn emulated_sectors_are_told_with_the_blocks_that_they_are_in() {
+        let emulated = |block_size, optimal| {
+            let choices = Choices {
+                emulate_512: true,
+                ..CHOICES
+            };
+            let namespace = NamespaceInfo {
+                optimal,
+                ..namespace(block_size, 1 << 30)
+            };
+            device_options(&choices, &controller(), &namespace)
+        };
+        for (block_size, exp, min_io) in [(512, 0, 1), (4096, 3, 8), (16384, 3, 32)] {
+            let options = emulated(block_size, OptimalIo::default());
+            assert_eq!(options.capacity_sectors, 1 << 21);
+            assert_eq!((options.block_size, options.physical_block_exp), (512, exp));
+            assert_eq!((options.min_io_blocks, options.opt_io_blocks), (min_io, 0));
+            assert_eq!(options.discard_sector_alignment, block_size / 512);
+        }
+        let optimal = OptimalIo {
+            write_granularity: Some(4),
+            write_alignment: Some(8),
+            write_size: Some(64),
+            ..OptimalIo::default()
+        };
+        let options = emulated(4096, optimal);
+        assert_eq!((options.min_io_blocks, options.opt_io_blocks), (64, 512));
     }
 
     #[test]
@@ -268,6 +311,7 @@ mod tests {
             num_queues: 3,
             serial: Some("disk1".parse().unwrap()),
             read_only: true,
+            emulate_512: false,
         };
         let options = device_options(&choices, &controller(), &namespace(512, 1 << 20));
         assert_eq!(options.num_queues, 3);

@@ -6,6 +6,7 @@
 //! - [`geometry`]: what the guest is told about the disk.
 //! - [`translate`]: a request → the commands that carry it out, one after the other.
 //! - [`transfer`]: the memory of a command, lent by the request and given back.
+//! - [`sectors`]: requests that begin or end within a block.
 //! - [`inflight`]: requests whose commands are outstanding.
 //! - [`fence`]: block ranges that a lost association may still write to.
 //! - [`record`]: what the next life of a disk has to know, as bytes.
@@ -19,6 +20,7 @@ pub(crate) mod inflight;
 pub(crate) mod path_choice;
 pub(crate) mod record;
 pub(crate) mod retry;
+pub(crate) mod sectors;
 pub(crate) mod status;
 pub(crate) mod transfer;
 pub(crate) mod translate;

@@ -90,14 +90,24 @@ impl Limits {
 
     /// The blocks of `bytes` bytes from `sector`.
     fn blocks(&self, sector: u64, bytes: u64) -> Result<Range<u64>, Refused> {
+        let touched = self.touched(sector, bytes)?;
         let to_block = self.block_shift - SECTOR_SHIFT;
         if !bytes.is_multiple_of(1 << self.block_shift) || !sector.is_multiple_of(1 << to_block) {
             return Err(Refused::Misaligned);
         }
-        let first = sector >> to_block;
-        let end = first.checked_add(bytes >> self.block_shift);
+        Ok(touched)
+    }
+
+    /// The blocks that have a byte of `bytes` bytes from `sector`.
+    fn touched(&self, sector: u64, bytes: u64) -> Result<Range<u64>, Refused> {
+        let to_block = self.block_shift - SECTOR_SHIFT;
+        let end = sector.checked_add(bytes.div_ceil(1 << SECTOR_SHIFT));
+        let end = end.map(|end| end.div_ceil(1 << to_block));
         let end = end.filter(|&end| end <= self.block_count);
-        Ok(first..end.ok_or(Refused::PastEnd)?)
+        let first = sector >> to_block;
+        // Of no bytes there are none, also at the end.
+        let end = end.filter(|_| first <= self.block_count);
+        Ok(first..end.ok_or(Refused::PastEnd)?.max(first))
     }
 
     /// The whole blocks inside a range of sectors; may be empty.
@@ -112,21 +122,38 @@ impl Limits {
 }
 
 impl Limits {
-    /// The blocks that a request changes, range by range; none of one that only reads, or is refused.
+    /// log2 of the sectors in a block.
+    pub(crate) fn sectors_shift(&self) -> u32 {
+        self.block_shift - SECTOR_SHIFT
+    }
+
+    /// The blocks that a request changes, as a whole or in part, range by range; none of one that only reads, or goes past
+    /// the end.
     pub(crate) fn written<'a>(
         &self,
         request: Request<'a>,
     ) -> impl Iterator<Item = Range<u64>> + 'a {
-        let (whole, ranges): (_, &[SectorRange]) = match request {
-            Request::Write { sector, len, .. } => (self.blocks(sector, len as u64).ok(), &[]),
-            Request::Discard(ranges) | Request::WriteZeroes { ranges, .. } => (None, ranges),
-            Request::Read { .. } | Request::Flush => (None, &[]),
+        let (whole, ranges, inner): (_, &[SectorRange], _) = match request {
+            Request::Write { len: 0, .. } | Request::Read { .. } | Request::Flush => {
+                (None, &[], false)
+            }
+            Request::Write { sector, len, .. } => {
+                (self.touched(sector, len as u64).ok(), &[], false)
+            }
+            Request::Discard(ranges) => (None, ranges, true),
+            Request::WriteZeroes { ranges, .. } => (None, ranges, false),
         };
         let limits = *self;
-        let inner = move |range| limits.inner_blocks(range).ok();
+        let blocks = move |range: &SectorRange| match inner {
+            true => limits.inner_blocks(range).ok(),
+            false => {
+                let bytes = u64::from(range.count) << SECTOR_SHIFT;
+                limits.touched(range.sector, bytes).ok()
+            }
+        };
         whole
             .into_iter()
-            .chain(ranges.iter().filter_map(inner))
+            .chain(ranges.iter().filter_map(blocks))
             .filter(|blocks| !blocks.is_empty())
     }
 }
@@ -135,7 +162,9 @@ impl Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refused {
     /// Not a whole number of blocks, or not at a block's start.
-    #[error("not on block boundaries")]
+    #[error(
+        "not on block boundaries; give the disk --emulate-512 if its guest, or its firmware, knows sectors of 512 bytes only"
+    )]
     Misaligned,
     /// Not inside the disk.
     #[error("past the end of the disk")]

@@ -519,7 +519,8 @@ proptest! {
 }
 
 #[test]
-fn what_a_request_changes_is_told_in_blocks_and_what_is_refused_changes_nothing() {
+fn what_a_request_changes_is_told_in_blocks_that_it_touches_and_what_is_past_the_end_changes_nothing()
+ {
     let limits = Limits::new(&controller(), &namespace(4096, 1 << 20));
     let written = |request| {
         let ranges = limits.written(request);
@@ -531,7 +532,9 @@ fn what_a_request_changes_is_told_in_blocks_and_what_is_refused_changes_nothing(
     let write = |sector, len| written(Request::Write { sector, len, fua });
     assert_eq!(write(8, 8192), [(1, 3)]);
     assert_eq!(write(8, 0), []);
-    assert_eq!(write(1, 4096), []);
+    assert_eq!(write(1, 4096), [(0, 2)]);
+    assert_eq!(write(15, 512), [(1, 2)]);
+    assert_eq!(write(u64::MAX, 512), []);
     assert_eq!(write(2048, 4096), []);
     let range = |sector, count| SectorRange {
         sector,
@@ -542,6 +545,12 @@ fn what_a_request_changes_is_told_in_blocks_and_what_is_refused_changes_nothing(
     assert_eq!(written(Request::Discard(&ranges)), [(1, 2), (4, 5)]);
     let ranges = &ranges[..1];
     assert_eq!(written(Request::WriteZeroes { ranges, fua }), [(1, 2)]);
+    let ranges = [range(15, 2), range(2040, 8), range(2047, 2)];
+    let ranges = &ranges;
+    assert_eq!(
+        written(Request::WriteZeroes { ranges, fua }),
+        [(1, 3), (255, 256)]
+    );
     let (sector, len) = (8, 4096);
     assert_eq!(written(Request::Read { sector, len }), []);
     assert_eq!(written(Request::Flush), []);

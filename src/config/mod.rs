@@ -26,7 +26,7 @@ use uuid::Uuid;
 
 use crate::bridge::geometry::Choices;
 use crate::bridge::path_choice::IoPolicy;
-use crate::cli::{AttachArgs, ExportArgs, ServeArgs};
+use crate::cli::{AttachArgs, DiskArgs, ExportArgs, ServeArgs};
 use crate::endpoint::Origin;
 use crate::limits::{LOCAL_QUEUE_SIZE, MAX_NAMESPACES, MAX_NR_IO_QUEUES};
 use crate::reconnect::way_back::Patience;
@@ -51,6 +51,8 @@ pub(crate) struct AttachConfig {
     pub(crate) serial: Option<Serial>,
     /// The guest may not write.
     pub(crate) read_only: bool,
+    /// Sectors of 512 bytes, whatever the size of a block is.
+    pub(crate) emulate_512: bool,
     /// What it may do in a second.
     pub(crate) rates: Rates,
     /// How long a lane looks for work before it sleeps, at most.
@@ -188,6 +190,7 @@ impl AttachConfig {
             num_queues: args.disk.num_queues,
             serial: args.disk.serial,
             read_only: args.disk.read_only,
+            emulate_512: args.disk.emulate_512,
             rates: args.disk.rates.rates(),
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
             drain: Drain {
@@ -212,7 +215,7 @@ impl AttachConfig {
 fn host_options(args: &AttachArgs, identity: &HostIdentity) -> HostOptions {
     let HostIdentity { nqn, id } = identity.clone();
     HostOptions {
-        nr_io_queues: io_queues(args.nr_io_queues, &args.disk.workers.crew()),
+        nr_io_queues: io_queues(args.nr_io_queues, &args.disk),
         queue_size: args.queue_size,
         keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
         hdr_digest: args.hdr_digest,
@@ -229,6 +232,7 @@ impl AttachConfig {
             num_queues: self.num_queues,
             serial: self.serial,
             read_only: self.read_only,
+            emulate_512: self.emulate_512,
         }
     }
 }
@@ -258,11 +262,12 @@ impl ServeConfig {
                 num_queues: args.disk.num_queues,
                 serial: args.disk.serial,
                 read_only,
+                emulate_512: args.disk.emulate_512,
             },
             rates: args.disk.rates.rates(),
             poll_max: Duration::from_nanos(args.poll_max_ns.into()),
             host: HostOptions {
-                nr_io_queues: io_queues(args.nr_io_queues, &crew),
+                nr_io_queues: io_queues(args.nr_io_queues, &args.disk),
                 queue_size: LOCAL_QUEUE_SIZE,
                 // A controller in the same process does not die on its own.
                 keep_alive_tmo: Duration::ZERO,
@@ -279,10 +284,14 @@ fn limited(seconds: i32) -> Option<Duration> {
     Some(Duration::from_secs(u64::try_from(seconds).ok()?))
 }
 
-/// As many I/O queue pairs as asked for, else one for each worker.
-fn io_queues(asked: Option<u16>, crew: &Crew) -> u16 {
-    let workers = || u16::try_from(crew.count()).unwrap_or(MAX_NR_IO_QUEUES);
-    asked.unwrap_or_else(workers).min(MAX_NR_IO_QUEUES)
+/// As many I/O queue pairs as asked for, else one for each worker. Whoever changes parts of blocks has to know of every
+/// write, so one lane does it all then.
+fn io_queues(asked: Option<u16>, disk: &DiskArgs) -> u16 {
+    let workers = || u16::try_from(disk.workers.crew().count()).unwrap_or(MAX_NR_IO_QUEUES);
+    match disk.emulate_512 {
+        true => 1,
+        false => asked.unwrap_or_else(workers).min(MAX_NR_IO_QUEUES),
+    }
 }
 
 impl ExportConfig {
@@ -464,6 +473,26 @@ mod tests {
         assert!((1..=256).contains(&config.host.nr_io_queues));
         assert!(!config.read_only && config.serial.is_none());
         assert!(!config.host.hdr_digest && !config.host.data_digest);
+    }
+
+    #[test]
+    fn a_disk_with_smaller_sectors_than_blocks_has_one_queue() {
+        assert!(!attach(&[]).choices().emulate_512);
+        let config = attach(&["--emulate-512"]);
+        assert!(config.choices().emulate_512);
+        assert_eq!(config.host.nr_io_queues, 1);
+        let serve = [
+            "serve",
+            "--socket-path=s",
+            "--emulate-512",
+            "ram:1M,block-size=4096",
+        ];
+        let Invocation::Serve(_, mut disks) = command_line(&serve) else {
+            panic!();
+        };
+        let config = ServeConfig::resolve(disks.remove(0), &Machine::default()).unwrap();
+        assert!(config.choices.emulate_512);
+        assert_eq!(config.host.nr_io_queues, 1);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 mod held;
 mod leaving;
+mod sectors;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -24,8 +25,9 @@ use super::patience::Patience;
 use super::throttle::{Gate, Throttle};
 use crate::bridge::fence::{Fences, Owner};
 use crate::bridge::inflight::{Fate, Finished, Inflight};
-use crate::bridge::path_choice::IoPolicy;
-use crate::bridge::status::FailureLog;
+use crate::bridge::path_choice::{EARLIER_LIFE, IoPolicy};
+use crate::bridge::sectors::Sectors;
+use crate::bridge::status::{FailureLog, Outcome};
 use crate::bridge::transfer::Storage;
 use crate::bridge::translate::Limits;
 use crate::metrics::LaneCounters;
@@ -50,8 +52,12 @@ struct Guest {
     /// Number of its ring in the device.
     ring: usize,
     token: Token,
+    /// Names it in the whole disk.
+    owner: Owner,
     /// Bytes that it moves.
     bytes: u64,
+    /// Its number in [`DeviceLane::sectors`].
+    job: Option<u16>,
 }
 
 /// A ring that runs here.
@@ -88,6 +94,8 @@ pub(crate) struct DeviceLane {
     fenced: Option<oneshot::Sender<()>>,
     rings: Vec<Ring>,
     inflight: Inflight<Guest>,
+    /// What requests need that are not aligned, where the disk takes such. Every write to the disk comes by here then.
+    sectors: Option<Sectors<Guest>>,
     /// Where requests wait for the limits of the disk, with the number of their ring; `None` without any.
     gate: Option<Gate<(usize, Request)>>,
     storage: Storage,
@@ -133,6 +141,8 @@ pub(crate) struct LaneSetup {
     pub(crate) throttle: Option<Arc<Throttle>>,
     /// How long it looks for work before it sleeps, at most.
     pub(crate) poll_max: Duration,
+    /// Sectors are smaller than blocks; the disk has no other lane then.
+    pub(crate) emulate_512: bool,
 }
 
 impl DeviceLane {
@@ -151,6 +161,7 @@ impl DeviceLane {
             slots,
             throttle,
             poll_max,
+            emulate_512,
         } = setup;
         Self {
             name,
@@ -161,6 +172,7 @@ impl DeviceLane {
             fenced: None,
             rings: Vec::new(),
             inflight: Inflight::new(slots),
+            sectors: emulate_512.then(|| Sectors::new(&limits, slots)).flatten(),
             gate: throttle.map(|throttle| Gate::new(throttle, slots)),
             storage: Storage::new(slots),
             failures: FailureLog::default(),
@@ -228,11 +240,16 @@ impl DeviceLane {
                 self.set_fences(Arc::clone(&resume.fences));
                 self.paths.resume(*resume);
             }
-            LaneMessage::Release(paths) => self.inflight.release(paths, &self.limits),
+            LaneMessage::Release(paths) => {
+                self.inflight.release(paths, &self.limits);
+                self.release_recovered(paths);
+            }
             LaneMessage::Fail => self.failing = true,
-            LaneMessage::Grow { block_count } => {
+            LaneMessage::Grow { block_count, done } => {
                 self.limits.grow(block_count);
                 self.paths.grow(block_count);
+                // Who grows the disk may be gone.
+                let _ = done.send(());
             }
             LaneMessage::Fences { fences, done } => {
                 self.set_fences(fences);
@@ -254,6 +271,7 @@ impl DeviceLane {
         self.publish_counters();
         self.paths.clear();
         self.inflight = Inflight::new(1);
+        self.sectors = None;
         self.gate = None;
         self.rings.clear();
         self.generation += 1;
@@ -303,9 +321,17 @@ impl DeviceLane {
             self.settle();
         }
         let Self {
-            paths, inflight, ..
+            paths,
+            inflight,
+            sectors,
+            ..
         } = self;
-        paths.drop_ended(|path| inflight.take_unknown(path));
+        paths.drop_ended(|path| {
+            if let Some(sectors) = sectors.as_mut().filter(|_| path == EARLIER_LIFE) {
+                sectors.collected();
+            }
+            inflight.take_unknown(path)
+        });
         if self.fenced.is_some()
             && !self.paths.any_ends()
             && !self.inflight.is_overtaken()
@@ -332,6 +358,9 @@ impl DeviceLane {
             inflight.give_up_some(Status::HOST_PATH_ERROR, no_path, |guest: &Guest| {
                 late(guest.ring)
             });
+        }
+        if hurried {
+            self.give_up_ordered();
         }
         if hurried && no_path {
             self.give_up_held();
@@ -381,7 +410,7 @@ impl DeviceLane {
             if bytes >= most_bytes {
                 return true;
             }
-            if self.inflight.room() == 0 || self.inflight.is_waiting() {
+            if !self.has_room() {
                 // Completions make room, and then the scan goes on.
                 return false;
             }
@@ -422,49 +451,84 @@ impl DeviceLane {
             Operation::Write { source, .. } => source.len() as u64,
             Operation::Flush | Operation::Discard(_) | Operation::WriteZeroes { .. } => 0,
         };
-        let guest = Guest { ring, token, bytes };
+        let guest = Guest {
+            ring,
+            token,
+            owner,
+            bytes,
+            job: None,
+        };
+        self.arrive(guest, operation);
+        bytes
+    }
+
+    /// Has the commands of an operation made.
+    fn open(&mut self, guest: Guest, operation: Operation) {
+        let owner = guest.owner;
         match self.inflight.open(guest, owner, operation, &self.limits) {
             Ok(()) => self.issue(),
             // There was room before the request was taken.
             Err((guest, operation)) => {
-                self.answer(guest, operation, BlkStatus::IoError);
+                let outcome = Outcome::Failed(Status::INTERNAL_ERROR);
+                let failed = Finished {
+                    guest,
+                    operation,
+                    outcome,
+                };
+                if let Some(failed) = self.advance(failed) {
+                    self.conclude(failed);
+                }
             }
         }
-        bytes
     }
 
-    /// Answers every request that is over.
-    fn finish(&mut self) {
-        while let Some(Finished {
+    /// Answers every request that is over. True when that has others begin, or go on.
+    fn finish(&mut self) -> bool {
+        let mut more = false;
+        loop {
+            while let Some(finished) = self.inflight.take_done() {
+                match self.advance(finished) {
+                    Some(finished) => self.conclude(finished),
+                    None => more = true,
+                }
+            }
+            if !self.begin_ready() {
+                return more;
+            }
+            more = true;
+        }
+    }
+
+    /// Counts a request that is over, and answers it.
+    fn conclude(&mut self, finished: Finished<Guest>) {
+        let Finished {
             guest,
             operation,
             outcome,
-        }) = self.inflight.take_done()
-        {
-            let counters = &self.counters;
-            counters.requests.add(1);
-            let status = outcome.blk_status();
-            let ok = matches!(status, BlkStatus::Ok);
-            let moved = if ok { guest.bytes } else { 0 };
-            match &operation {
-                Operation::Read { .. } => {
-                    counters.reads.add(1);
-                    counters.read_bytes.add(moved);
-                }
-                Operation::Write { .. } => {
-                    counters.writes.add(1);
-                    counters.written_bytes.add(moved);
-                }
-                Operation::Flush => counters.flushes.add(1),
-                Operation::Discard(_) => counters.discards.add(1),
-                Operation::WriteZeroes { .. } => counters.write_zeroes.add(1),
+        } = finished;
+        let counters = &self.counters;
+        counters.requests.add(1);
+        let status = outcome.blk_status();
+        let ok = matches!(status, BlkStatus::Ok);
+        let moved = if ok { guest.bytes } else { 0 };
+        match &operation {
+            Operation::Read { .. } => {
+                counters.reads.add(1);
+                counters.read_bytes.add(moved);
             }
-            if !ok {
-                counters.errors.add(1);
-                self.failures.note(&self.name, outcome);
+            Operation::Write { .. } => {
+                counters.writes.add(1);
+                counters.written_bytes.add(moved);
             }
-            self.answer(guest, operation, status);
+            Operation::Flush => counters.flushes.add(1),
+            Operation::Discard(_) => counters.discards.add(1),
+            Operation::WriteZeroes { .. } => counters.write_zeroes.add(1),
         }
+        if !ok {
+            counters.errors.add(1);
+            self.failures.note(&self.name, outcome);
+        }
+        self.answer(guest, operation, status);
     }
 
     fn answer(&mut self, guest: Guest, operation: Operation, status: BlkStatus) {
@@ -649,7 +713,7 @@ impl Lane for DeviceLane {
         self.drop_lost_paths();
         again |= self.give_up();
         self.leave_requests();
-        self.finish();
+        again |= self.finish();
         self.flush_rings();
         // The first answer after a pause wakes the guest's driver, so it should come soon.
         self.batch = if again {

@@ -76,6 +76,8 @@ pub(crate) enum LaneMessage {
     Grow {
         /// Its blocks now.
         block_count: u64,
+        /// Answered when requests for them are taken.
+        done: oneshot::Sender<()>,
     },
     /// Other fences from now on.
     Fences {

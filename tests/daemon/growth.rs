@@ -108,6 +108,9 @@ fn a_file_of_a_target_that_grows_reaches_the_guest() {
     let export = Export::start(&[&image.path()]);
     let attach = Attach::start(export.uri());
     grows(&image, &attach, &export.process);
+    // The VMM is told first.
+    let last = format!("\"blocks\":{}", (LARGE + 4096) / 512);
+    attach.process.await_log(|line| line.contains(&last));
     let grown = attach
         .process
         .logged("the namespace has grown: the VMM is told");

@@ -176,7 +176,7 @@ fn rounds() -> u64 {
 /// Kills and starts daemons at one socket.
 fn under_kills(start: impl Fn(&Path) -> Attach) {
     let seed = fastrand::u64(..);
-    println!("seed {seed}");
+    eprintln!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let directory = Directory::new();
     let socket = directory.path("disk.sock");
@@ -204,7 +204,7 @@ fn under_kills(start: impl Fn(&Path) -> Attach) {
     }
     load.run(Duration::from_millis(300));
     load.finish();
-    println!(
+    eprintln!(
         "{} kills, {} requests, the longest took {:?}",
         rounds(),
         load.answered,

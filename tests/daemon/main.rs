@@ -42,6 +42,7 @@ mod outages;
 mod program;
 mod protocol;
 mod requests;
+mod sectors;
 mod stages;
 mod stopping;
 mod throttling;

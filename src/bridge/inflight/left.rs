@@ -4,9 +4,9 @@
 use vhost_user_blk::Operation;
 
 use super::{Inflight, Slot};
-use crate::bridge::fence::Owner;
+use crate::bridge::fence::{Fence, Owner};
 use crate::bridge::path_choice::EARLIER_LIFE;
-use crate::bridge::translate::{Limits, Plan};
+use crate::bridge::translate::{Limits, Plan, Request};
 use crate::limits::MAX_SLOTS;
 
 impl<T> Inflight<T> {
@@ -82,6 +82,30 @@ impl<T> Inflight<T> {
             entry.fence(limits, &mut unknown.fences);
         }
         Ok(())
+    }
+
+    /// Notes a request that was in flight before and is kept elsewhere until [`EARLIER_LIFE`] is released: as for
+    /// [`Self::open_lost`], what it writes is fenced if somebody may have sent it `already`.
+    pub(crate) fn note_lost(
+        &mut self,
+        owner: Owner,
+        operation: &Operation,
+        already: bool,
+        limits: &Limits,
+    ) {
+        let Some(unknown) = self.unknown.get_mut(EARLIER_LIFE) else {
+            return;
+        };
+        unknown.requests += 1;
+        for blocks in limits.written(Request::from(operation)).filter(|_| already) {
+            unknown.fences.add(Fence {
+                slba: blocks.start,
+                blocks: blocks.end - blocks.start,
+                owner: Some(owner),
+                generation: 0,
+                deadline: u64::MAX,
+            });
+        }
     }
 
     /// Stops what is `meant`: nothing more of it is issued, and what has no command outstanding is taken out, one by

@@ -5,7 +5,8 @@ use std::time::Instant;
 use nvmf::spec::Status;
 use vhost_user_blk::Request;
 
-use super::{DeviceLane, Guest};
+use super::{DeviceLane, Guest, owner};
+use crate::bridge::inflight::Finished;
 use crate::bridge::status::Outcome;
 use crate::worker::throttle::Weight;
 
@@ -19,7 +20,7 @@ impl DeviceLane {
         gate.begin_turn(Instant::now());
         let first = gate.first_ring(self.rings.len());
         for _ in 0..most {
-            if self.inflight.room() == 0 || self.inflight.is_waiting() {
+            if !self.has_room() {
                 return (false, first);
             }
             let Self { gate, rings, .. } = self;
@@ -67,27 +68,27 @@ impl DeviceLane {
             let Some((ring, request)) = held else {
                 return;
             };
+            let owner = owner(ring, request.id);
             let Request {
                 token, operation, ..
             } = request;
-            self.counters.requests.add(1);
-            self.counters.errors.add(1);
-            self.failures.note(&self.name, outcome);
-            self.answer(
-                Guest {
-                    ring,
-                    token,
-                    bytes: 0,
-                },
+            let guest = Guest {
+                ring,
+                token,
+                owner,
+                bytes: 0,
+                job: None,
+            };
+            self.conclude(Finished {
+                guest,
                 operation,
-                outcome.blk_status(),
-            );
+                outcome,
+            });
         }
     }
 
     /// When the first of them may begin. Where there is no room for it, what makes room comes with a turn of its own.
     pub(super) fn held_until(&self) -> Option<Instant> {
-        let could_begin = self.inflight.room() > 0 && !self.inflight.is_waiting();
-        self.gate.as_ref().filter(|_| could_begin)?.deadline()
+        self.gate.as_ref().filter(|_| self.has_room())?.deadline()
     }
 }

@@ -12,7 +12,7 @@ impl DeviceLane {
         for at in 0..self.rings.len() {
             let recovering = self.rings[at].queue.recovering();
             if recovering > 0 {
-                self.inflight.make_room(recovering);
+                self.inflight.make_room(recovering + self.held());
             }
             while self.rings[at].queue.recovering() > 0 && self.inflight.room() > 0 {
                 let Self { rings, storage, .. } = self;
@@ -37,7 +37,13 @@ impl DeviceLane {
         let guest = Guest {
             ring: index,
             token,
+            owner,
             bytes: 0,
+            job: None,
+        };
+        let Some((guest, operation)) = self.recover(guest, operation, already) else {
+            let _ = self.recovered.try_send(());
+            return;
         };
         let opened = self
             .inflight
@@ -94,6 +100,7 @@ impl DeviceLane {
             let Self {
                 rings,
                 inflight,
+                sectors,
                 gate,
                 ..
             } = self;
@@ -103,9 +110,17 @@ impl DeviceLane {
                 .and_then(|gate| gate.release(|&(ring, _)| leaves(ring)));
             let left = match held {
                 Some((ring, request)) => Some((ring, request.token, request.operation)),
-                None => inflight
-                    .take_left(|guest| leaves(guest.ring))
-                    .map(|(guest, operation)| (guest.ring, guest.token, operation)),
+                None => {
+                    let leaves = |guest: &Guest| leaves(guest.ring);
+                    let waiting = sectors.as_mut().and_then(|sectors| sectors.give_up(leaves));
+                    let left = waiting.or_else(|| inflight.take_left(leaves));
+                    left.map(|(guest, operation)| {
+                        if let (Some(sectors), Some(job)) = (sectors.as_mut(), guest.job) {
+                            sectors.abandon(job);
+                        }
+                        (guest.ring, guest.token, operation)
+                    })
+                }
             };
             let Some((index, token, operation)) = left else {
                 return;

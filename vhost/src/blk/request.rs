@@ -57,6 +57,15 @@ pub struct SectorRanges {
     len: usize,
 }
 
+impl From<SectorRange> for SectorRanges {
+    /// One range.
+    fn from(range: SectorRange) -> Self {
+        let mut ranges = [SectorRange::default(); MAX_RANGES];
+        ranges[0] = range;
+        Self { ranges, len: 1 }
+    }
+}
+
 impl std::ops::Deref for SectorRanges {
     type Target = [SectorRange];
 

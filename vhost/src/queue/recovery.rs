@@ -38,7 +38,7 @@ impl Queue {
             }
             ring.set_next_avail(next);
         }
-        if in_flight > 0 {
+        if in_flight > 0 && setup.complaints.allow() {
             tracing::info!(
                 ring = setup.index,
                 in_flight,
@@ -90,7 +90,7 @@ impl Queue {
     pub(crate) fn close(mut self) {
         if self.broken.is_some() || !self.tracking.kept() {
             let unanswered = self.tracking.forget();
-            if unanswered > 0 {
+            if unanswered > 0 && self.complaints.allow() {
                 let ring = self.index;
                 tracing::warn!(
                     ring,

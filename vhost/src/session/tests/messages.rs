@@ -198,7 +198,6 @@ fn a_refusal_is_said_once_whoever_finds_the_fault() {
         FrontendReq::GPU_SET_SOCKET,
         FrontendReq::SET_INFLIGHT_FD,
         FrontendReq::ADD_MEM_REG,
-        FrontendReq::SET_DEVICE_STATE_FD,
     ] {
         bench.refused(request as u32, &[]);
         // Another answer to it would be taken for this one.
