@@ -7,6 +7,7 @@ use nvmf::spec::Cqe;
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 
+use super::super::path_choice::EARLIER_LIFE;
 use super::super::samples::{controller, namespace};
 use super::tests::schedules;
 use super::*;
@@ -36,6 +37,10 @@ enum Step {
     Late(usize),
     /// The oldest of the lost associations cannot write any more.
     Expire,
+    /// The process is killed, and the next goes on with the region of requests in flight and its record.
+    Crash,
+    /// The control plane collects what was in flight then.
+    Recover,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -52,6 +57,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         8 => lane().prop_map(Step::Read),
         1 => (0..100usize).prop_map(Step::Late),
         1 => Just(Step::Expire),
+        1 => Just(Step::Crash),
+        2 => Just(Step::Recover),
     ];
     prop::collection::vec(step, 1..200)
 }
@@ -128,6 +135,25 @@ struct Ghost {
 struct Asked {
     opened: usize,
     answered: Option<usize>,
+    lane: usize,
+    blocks: Range<usize>,
+}
+
+/// A write of so many blocks.
+fn write(blocks: &Range<usize>) -> Operation {
+    Operation::Write {
+        sector: blocks.start as u64,
+        source: MemSource::zeroes(blocks.len() * 512, Vec::new()),
+        fua: false,
+    }
+}
+
+/// A request has its name from its ring and its number.
+fn owner(lane: usize, request: usize) -> Owner {
+    Owner {
+        ring: lane as u16,
+        request: request as u64,
+    }
 }
 
 struct Disk {
@@ -149,6 +175,26 @@ struct Disk {
     unreleased: PathSet,
     acknowledged: [u64; LANES],
     released: u64,
+    /// What the region says of fences: as they were when lanes were last told of them.
+    record: Fences,
+    /// The number that the associations of the life before have together.
+    earlier: u64,
+    /// It was not collected yet.
+    recovering: bool,
+}
+
+impl Lane {
+    fn new() -> Self {
+        Self {
+            inflight: Inflight::new(6),
+            storage: Storage::new(8),
+            fences: Fences::default(),
+            held: Default::default(),
+            alive: [true; PATHS],
+            mail: VecDeque::new(),
+            fenced: None,
+        }
+    }
 }
 
 impl Disk {
@@ -157,18 +203,9 @@ impl Disk {
             max_transfer: Some(1024),
             ..controller()
         };
-        let lane = || Lane {
-            inflight: Inflight::new(6),
-            storage: Storage::new(8),
-            fences: Fences::default(),
-            held: Default::default(),
-            alive: [true; PATHS],
-            mail: VecDeque::new(),
-            fenced: None,
-        };
         Self {
             limits: Limits::new(&controller, &namespace(512, 1 << 20)),
-            lanes: [lane(), lane()],
+            lanes: [Lane::new(), Lane::new()],
             content: [None; BLOCKS],
             requests: Vec::new(),
             ghosts: Vec::new(),
@@ -182,6 +219,9 @@ impl Disk {
             unreleased: PathSet::EMPTY,
             acknowledged: [0; LANES],
             released: 0,
+            record: Fences::default(),
+            earlier: 0,
+            recovering: false,
         }
     }
 
@@ -245,8 +285,77 @@ impl Disk {
             self.fences.add_all(&left.fences, number, number);
         }
         self.lost.push_back(number);
+        self.fence();
+    }
+
+    /// The region knows before the lanes do.
+    fn fence(&mut self) {
+        self.record = self.fences.clone();
         let message = Message::Fences(self.fences.clone(), Some(self.round));
         self.tell(&message);
+    }
+
+    /// All that was not in the region is gone; all that was under way may come late.
+    fn crash(&mut self) {
+        self.associations += 1;
+        for lane in 0..LANES {
+            for path in 0..PATHS {
+                self.end(lane, path);
+            }
+        }
+        for path in 0..PATHS {
+            let late = self.ghosts.iter_mut();
+            // Of lost ones the record tells, except where they were not collected.
+            for ghost in late.filter(|ghost| !self.lost.contains(&ghost.association)) {
+                ghost.association = self.associations;
+            }
+            self.connected[path] = false;
+        }
+        self.earlier = self.associations;
+        self.lost.push_back(self.earlier);
+        self.fences = self.record.clone();
+        self.lanes = [Lane::new(), Lane::new()];
+        for lane in &mut self.lanes {
+            lane.alive = [false; PATHS];
+            lane.fences = self.fences.clone();
+        }
+        self.round += 1;
+        (self.acknowledged, self.unreleased) = ([0; LANES], PathSet::EMPTY);
+        let Self {
+            lanes,
+            limits,
+            requests,
+            ..
+        } = self;
+        for (number, request) in requests.iter().enumerate() {
+            if request.answered.is_none() {
+                let inflight = &mut lanes[request.lane].inflight;
+                let owner = owner(request.lane, number);
+                inflight.make_room(1);
+                inflight
+                    .open_lost(number, owner, write(&request.blocks), true, limits)
+                    .expect("there is room");
+            }
+        }
+        self.recovering = true;
+    }
+
+    /// What was in flight in the life before is collected, as of a lost path.
+    fn recover(&mut self) {
+        if !std::mem::take(&mut self.recovering) {
+            return;
+        }
+        self.round += 1;
+        self.unreleased.insert(EARLIER_LIFE);
+        for lane in &mut self.lanes {
+            let left = lane.inflight.take_unknown(EARLIER_LIFE);
+            // Nothing of it comes any more when its time is over.
+            if self.lost.contains(&self.earlier) {
+                self.fences
+                    .add_all(&left.fences, self.earlier, self.earlier);
+            }
+        }
+        self.fence();
     }
 
     fn tell(&mut self, message: &Message) {
@@ -333,17 +442,11 @@ impl Disk {
         self.time += 1;
         match step {
             Step::Write(lane, first, blocks) => {
-                let operation = Operation::Write {
-                    sector: first as u64,
-                    source: MemSource::zeroes(blocks * 512, Vec::new()),
-                    fua: false,
-                };
+                let blocks = first..first + blocks;
+                let operation = write(&blocks);
                 let request = self.requests.len();
                 let Self { lanes, limits, .. } = self;
-                let owner = Owner {
-                    ring: lane as u16,
-                    request: request as u64,
-                };
+                let owner = owner(lane, request);
                 if lanes[lane]
                     .inflight
                     .open(request, owner, operation, limits)
@@ -352,6 +455,8 @@ impl Disk {
                     self.requests.push(Asked {
                         opened: self.time,
                         answered: None,
+                        lane,
+                        blocks,
                     });
                 }
             }
@@ -392,6 +497,8 @@ impl Disk {
             Step::Resume(_) => {}
             Step::Read(lane) => self.read(lane),
             Step::Late(number) => self.late(number)?,
+            Step::Crash => self.crash(),
+            Step::Recover => self.recover(),
             Step::Expire => {
                 if let Some(oldest) = self.lost.pop_front() {
                     self.ghosts.retain(|ghost| ghost.association != oldest);
@@ -416,6 +523,7 @@ impl Disk {
     /// All that is to be done, again and again.
     fn go_on(&mut self, rounds: usize, expire: bool) -> Result<(), TestCaseError> {
         for _ in 0..rounds {
+            self.take(Step::Recover)?;
             for path in 0..PATHS {
                 let ended = self.lanes.iter().any(|lane| !lane.alive[path]);
                 if ended && self.lanes.iter().all(|lane| lane.mail.is_empty()) {
@@ -444,6 +552,7 @@ impl Disk {
     /// The fences of one association, whichever was lost before.
     fn expire(&mut self, association: u64) {
         self.fences.expire_generation(association);
+        self.record = self.fences.clone();
         let message = Message::Fences(self.fences.clone(), None);
         self.tell(&message);
     }
