@@ -635,3 +635,39 @@ fn a_release_that_was_under_way_does_not_release_what_was_lost_since() {
     }
     assert_eq!(disk.lanes[0].held[0].len(), 0, "its fence is not known yet");
 }
+
+/// What random schedules seldom come upon: a replay was answered, and then the process is killed. The record alone knows that
+/// the write that was lost may come late.
+#[test]
+fn a_fence_of_a_request_that_was_answered_outlives_the_process() {
+    let mut disk = Disk::new();
+    for step in [
+        Step::Write(0, 0, 1),
+        Step::Issue(0, 0),
+        Step::Lose(0),
+        Step::Read(0),
+        Step::Read(1),
+        Step::Read(0),
+        Step::Issue(0, 1),
+        Step::Complete(0, 1),
+    ] {
+        disk.take(step).unwrap();
+    }
+    assert!(disk.requests[0].answered.is_some());
+    for step in [
+        Step::Crash,
+        Step::Recover,
+        Step::Resume(0),
+        Step::Read(1),
+        Step::Read(1),
+        Step::Write(1, 0, 2),
+        Step::Issue(1, 0),
+    ] {
+        disk.take(step).unwrap();
+    }
+    assert_eq!(disk.lanes[1].held[0].len(), 0, "it overtakes");
+    disk.take(Step::Late(0)).unwrap();
+    disk.go_on(4, true).unwrap();
+    assert!(disk.requests[1].answered.is_some());
+    assert_eq!(disk.content[..2], [Some(1); 2]);
+}
