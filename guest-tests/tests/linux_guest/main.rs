@@ -17,6 +17,7 @@ mod linux_paths;
 mod linux_target;
 mod load;
 mod machines;
+mod memory;
 mod migration;
 mod nvmet;
 mod outages;
