@@ -30,6 +30,7 @@ mod faults;
 mod fewer_queues;
 mod finding;
 mod growth;
+mod hostile;
 mod hotplug;
 mod inflight;
 mod kills;

@@ -18,6 +18,7 @@ mod linux_paths;
 mod linux_target;
 mod load;
 mod machines;
+mod memory;
 mod migration;
 mod nvmet;
 mod outages;
