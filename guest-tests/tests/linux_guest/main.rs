@@ -20,6 +20,7 @@ mod machines;
 mod migration;
 mod nvmet;
 mod outages;
+mod sectors;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;
