@@ -21,6 +21,7 @@ mod migration;
 mod nvmet;
 mod outages;
 mod sectors;
+mod throttling;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;
