@@ -22,6 +22,8 @@ mod memory;
 mod migration;
 mod nvmet;
 mod outages;
+mod sectors;
+mod throttling;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;
