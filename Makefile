@@ -66,7 +66,7 @@ soak:
 	qemu-scripts/install-packages build guest
 	set -e; for round in $$(seq $(ROUNDS)); do \
 		echo "== round $$round of $(ROUNDS)"; \
-		PROPTEST_CASES=10000 $(CARGO) test --release --workspace --exclude guest-tests; \
+		PROPTEST_CASES=10000 VHOST_NVMF_ROUNDS=20 $(CARGO) test --release --workspace --exclude guest-tests; \
 		SIM_FIRST=$${round}00000 SIM_SEEDS=100000 $(CARGO) test --release $(SIMULATION); \
 	done
 	$(if $(VHOST_NVMF_BIN),,$(CARGO) build --release -p vhost-nvmf)
