@@ -285,11 +285,14 @@ fn a_daemon_that_is_killed_between_reading_a_block_and_writing_it_is_not_noticed
 #[test]
 fn what_a_killed_daemon_writes_late_undoes_no_sector_that_another_ring_has_written_since() {
     let slow = "ram:8M,block-size=4096,fault=delay=1500ms:write:after=1:count=1";
+    // The target holds a write back, and does not learn that its host is gone.
     let export = Export::start(&[slow]);
+    let proxy = Proxy::start(export.address());
+    let uri = proxy.uri(export.subsystem());
     let args = [&QUICK[..], &[EMULATE]].concat();
     let directory = Directory::new();
     let socket = directory.path("disk.sock");
-    let disk = Attach::start_at(&socket, &args, export.uri());
+    let disk = Attach::start_at(&socket, &args, &uri);
     let setup = Setup {
         rings: 2,
         ..Setup::default()
@@ -305,7 +308,7 @@ fn what_a_killed_daemon_writes_late_undoes_no_sector_that_another_ring_has_writt
     post(&mut keeper.guest, 1, 0, 2);
     thread::sleep(WHILE);
     drop(disk);
-    let _disk = Attach::start_at(&socket, &args, export.uri());
+    let _disk = Attach::start_at(&socket, &args, &uri);
     keeper.reconnect_slowly(&socket, |guest| {
         post(guest, 0, 1, 3);
         thread::sleep(WHILE);
