@@ -280,6 +280,7 @@ impl Disk {
             session: news,
             recovered,
             local_quiet,
+            writes_around: choices.emulate_512,
             losses,
             changes,
             new_paths,
