@@ -30,6 +30,7 @@ mod faults;
 mod fewer_queues;
 mod finding;
 mod growth;
+mod handover;
 mod hotplug;
 mod inflight;
 mod kills;
