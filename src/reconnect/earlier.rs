@@ -50,6 +50,11 @@ pub(crate) enum SessionNews {
         /// Answered when the region says what it may still write.
         done: oneshot::Sender<()>,
     },
+    /// The rings are paused for a successor.
+    Fenced {
+        /// Answered with whether there is something that an association may still write that was lost.
+        done: oneshot::Sender<bool>,
+    },
     /// The session is over: the region is somebody else's.
     Over {
         /// Answered when nothing is written to it any more.
@@ -141,6 +146,10 @@ impl Paths {
                 self.earlier.running = running;
                 self.save();
                 let _ = done.send(());
+            }
+            Some(SessionNews::Fenced { done }) => {
+                self.collect_losses().await;
+                let _ = done.send(!self.fences.is_empty());
             }
             Some(SessionNews::Over { done }) => {
                 self.earlier.kept = None;

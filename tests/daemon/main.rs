@@ -32,6 +32,7 @@ mod fewer_queues;
 mod finding;
 mod firecracker;
 mod growth;
+mod handover;
 mod hostile;
 mod hotplug;
 mod inflight;
