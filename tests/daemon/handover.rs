@@ -40,13 +40,10 @@ fn successor(command: &str, socket: &Path, args: &[&str], what: &str) -> Process
 #[track_caller]
 fn stall(process: &Process) -> u64 {
     process.await_stdout(|line| line.contains("taken over; guest stalled"));
-    let found = process.logged("disk taken over; guest stalled");
-    let all = process.stderr();
-    let line = all
-        .iter()
-        .find(|line| line.contains("disk taken over"))
-        .expect("a line");
-    assert!(found.is_empty() || line.contains("stalled_ms"));
+    process.await_log(|line| line.contains("disk taken over"));
+    let log = process.stderr();
+    let line = log.iter().find(|line| line.contains("disk taken over"));
+    let line = line.expect("a line");
     let event: serde_json::Value = serde_json::from_str(line).expect("JSON");
     event["fields"]["stalled_ms"].as_u64().expect("a number")
 }

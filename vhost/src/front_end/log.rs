@@ -56,9 +56,9 @@ impl FrontEnd {
         self.logging.refused && self.logs_all()
     }
 
-    /// Written pages are being marked, or are to be.
+    /// There is a log, or should be one.
     pub(super) fn is_logging(&self) -> bool {
-        self.logging.log.is_some() || self.logging.refused || self.logs_all()
+        self.logging.log.is_some() || self.logging.refused
     }
 
     /// What ring `at` marks, and where.
