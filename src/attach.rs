@@ -1,5 +1,6 @@
 //! Attaches a disk: finds the way to it, and remembers it for a start at which there is none.
 
+use std::convert::Infallible;
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Duration;
@@ -223,7 +224,7 @@ fn rediscovery(
 
 impl Beside {
     /// Goes on for as long as the disk does. Never ends.
-    pub(crate) async fn run(self) {
+    pub(crate) async fn run(self) -> Infallible {
         let rediscovered = async {
             match self.rediscovery {
                 Some(rediscovery) => {
@@ -237,6 +238,7 @@ impl Beside {
             }
         };
         tokio::join!(rediscovered, remember(self.memory, self.namespace));
+        std::future::pending().await
     }
 }
 

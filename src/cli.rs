@@ -157,6 +157,10 @@ pub(crate) struct DiskArgs {
     pub(crate) rates: RateArgs,
     #[command(flatten)]
     pub(crate) workers: WorkerArgs,
+    /// Take the disks over from the process that serves them, while their guests wait for some milliseconds. If that
+    /// cannot be done, this process ends, and the other goes on
+    #[arg(long, conflicts_with = "fd")]
+    pub(crate) takeover: bool,
     /// One of several disks, by its options without dashes, as in
     /// socket-path=/run/a.sock,uri=nvme+tcp://HOST/SUBNQN,read-only=on; a comma within a value is written twice. May be
     /// given several times; options outside hold for every disk that does not say otherwise

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::io::{self, Write as _};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,12 +11,15 @@ use nvmf::transport::Registry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Barrier, Mutex};
 
 use crate::attach::Attached;
 use crate::config::{AttachPlan, ExportConfig, Machine, ServeConfig};
 use crate::disks::{Failure, Ready, Stop, serve_all};
 use crate::endpoint::{Endpoint, Origin};
 use crate::export::Export;
+use crate::front::{Start, TakeOver};
+use crate::handover::taking::NotTaken;
 use crate::hints::VmmHints;
 use crate::serve::Local;
 use crate::worker::pool::{Crew, Workers};
@@ -32,33 +36,42 @@ pub(crate) fn attach(plans: Vec<AttachPlan>) -> Result<(), Failure> {
     let lanes = plans.iter().map(|plan| plan.host().nr_io_queues);
     let crew = plans.first().map(AttachPlan::crew).unwrap_or_default();
     let origins = plans.iter().map(AttachPlan::origin).collect();
+    let takeover = plans
+        .iter()
+        .any(AttachPlan::takes_over)
+        .then(|| Successor::new(plans.len()));
     let (runtime, workers) = start(&crew, lanes.map(usize::from).sum())?;
     let workers = Arc::new(workers);
     let registry = Arc::new(Registry::with_defaults());
     let plans: Vec<_> = plans.into_iter().map(Arc::new).collect();
-    let result = runtime.block_on(serve_disks(origins, |number, endpoint, mut stop, ready| {
-        let (plan, registry) = (Arc::clone(&plans[number]), Arc::clone(&registry));
-        let workers = Arc::clone(&workers);
-        async move {
-            let attached = tokio::select! {
-                attached = Attached::attach(registry, &plan, &workers) => attached?,
-                () = stop.wait() => return Ok(()),
-            };
-            let host = plan.host();
-            tracing::info!(hostnqn = %host.hostnqn, hostid = %host.hostid, "this host");
-            ready.tell(hints(
-                &endpoint,
-                attached.config.num_queues,
-                attached.config.read_only,
-            ));
-            let (disk, beside) = attached.into_parts();
-            tokio::select! {
-                () = disk.serve(endpoint, stop.wait()) => {}
-                () = beside.run() => {}
+    let result = runtime.block_on(serve_disks(
+        origins,
+        takeover.as_ref(),
+        |number, place, mut stop, ready| {
+            let takeover = takeover.clone();
+            let (plan, registry) = (Arc::clone(&plans[number]), Arc::clone(&registry));
+            let workers = Arc::clone(&workers);
+            async move {
+                let attached = tokio::select! {
+                    attached = Attached::attach(registry, &plan, &workers) => attached?,
+                    () = stop.wait() => return Ok(()),
+                };
+                let host = plan.host();
+                tracing::info!(hostnqn = %host.hostnqn, hostid = %host.hostid, "this host");
+                let offer = (attached.config.num_queues, attached.config.read_only);
+                let Some(start) = begin(place, takeover.as_ref(), offer, ready, &mut stop).await
+                else {
+                    return Ok(());
+                };
+                let (disk, beside) = attached.into_parts();
+                let served = tokio::select! {
+                    served = disk.serve(start, stop.wait()) => served,
+                    never = beside.run() => match never {},
+                };
+                over(served, takeover.as_ref()).await
             }
-            Ok(())
-        }
-    }));
+        },
+    ));
     end(runtime, workers);
     result
 }
@@ -72,38 +85,52 @@ pub(crate) fn serve(configs: Vec<ServeConfig>, machine: Machine) -> Result<(), F
     let crew = configs.first().map(|config| config.crew.clone());
     let origins = configs.iter().map(|config| Some(config.origin.clone()));
     let origins = origins.collect();
+    let takeover = configs
+        .iter()
+        .any(|config| config.takeover)
+        .then(|| Successor::new(configs.len()));
     let lanes = lanes.map(usize::from).sum();
     let (runtime, workers) = start(&crew.unwrap_or_default(), lanes)?;
     let (workers, machine) = (Arc::new(workers), Arc::new(machine));
     let configs: Vec<_> = configs.into_iter().map(Arc::new).collect();
-    let result = runtime.block_on(serve_disks(origins, |number, endpoint, mut stop, ready| {
-        let (config, machine) = (Arc::clone(&configs[number]), Arc::clone(&machine));
-        let workers = Arc::clone(&workers);
-        async move {
-            let (local, disk) = tokio::select! {
-                served = Local::serve(&config, &machine, &workers) => served?,
-                () = stop.wait() => return Ok(()),
-            };
-            let choices = &config.choices;
-            ready.tell(hints(&endpoint, choices.num_queues, choices.read_only));
-            let mut growth = Growth::new()?;
-            tokio::select! {
-                () = disk.serve(endpoint, stop.wait()) => {}
-                never = growth.follow(local.target()) => match never {},
-            };
-            local.end().await;
-            Ok(())
-        }
-    }));
+    let result = runtime.block_on(serve_disks(
+        origins,
+        takeover.as_ref(),
+        |number, place, mut stop, ready| {
+            let takeover = takeover.clone();
+            let (config, machine) = (Arc::clone(&configs[number]), Arc::clone(&machine));
+            let workers = Arc::clone(&workers);
+            async move {
+                let (local, disk) = tokio::select! {
+                    served = Local::serve(&config, &machine, &workers) => served?,
+                    () = stop.wait() => return Ok(()),
+                };
+                let offer = (config.choices.num_queues, config.choices.read_only);
+                let Some(start) = begin(place, takeover.as_ref(), offer, ready, &mut stop).await
+                else {
+                    local.end().await;
+                    return Ok(());
+                };
+                let mut growth = Growth::new()?;
+                let served = tokio::select! {
+                    served = disk.serve(start, stop.wait()) => served,
+                    never = growth.follow(local.target()) => match never {},
+                };
+                local.end().await;
+                over(served, takeover.as_ref()).await
+            }
+        },
+    ));
     end(runtime, workers);
     result
 }
 
 /// Listens for all disks first, so that a VMM that is quicker than a controller waits in the queue, and then starts
-/// them.
+/// them. Disks that are taken over have somebody who listens.
 async fn serve_disks<F>(
     origins: Vec<Option<Origin>>,
-    disk: impl Fn(usize, Endpoint, Stop, Ready) -> F,
+    takeover: Option<&Successor>,
+    disk: impl Fn(usize, Place, Stop, Ready) -> F,
 ) -> Result<(), Failure>
 where
     F: Future<Output = Result<(), Failure>> + 'static,
@@ -111,9 +138,83 @@ where
     let mut signals = Signals::new()?;
     let mut disks = Vec::with_capacity(origins.len());
     for origin in origins.iter().flatten() {
-        disks.push((origin.name(), Endpoint::open(origin)?));
+        let place = match (takeover, origin.path()) {
+            (Some(_), Some(path)) => Place::TakenOver(origin.clone(), std::path::absolute(path)?),
+            _ => Place::Made(Endpoint::open(origin)?),
+        };
+        disks.push((origin.name(), place));
     }
     serve_all(disks, signals.wait(), print, disk).await
+}
+
+/// Where front-ends of a disk are to come from.
+enum Place {
+    /// From here.
+    Made(Endpoint),
+    /// From where another process has them, which has the disk at this path.
+    TakenOver(Origin, PathBuf),
+}
+
+/// What the disks of a process have in common that takes them over.
+#[derive(Clone)]
+struct Successor {
+    /// None is taken over before all could be.
+    all: Arc<Barrier>,
+    /// Those that were.
+    taken: Arc<Mutex<usize>>,
+}
+
+impl Successor {
+    fn new(disks: usize) -> Self {
+        Self {
+            all: Arc::new(Barrier::new(disks)),
+            taken: Arc::default(),
+        }
+    }
+}
+
+/// How a disk that is ready begins; `None` when it has to end before that.
+async fn begin(
+    place: Place,
+    takeover: Option<&Successor>,
+    (num_queues, read_only): (u16, bool),
+    ready: Ready,
+    stop: &mut Stop,
+) -> Option<Start> {
+    match (place, takeover) {
+        (Place::TakenOver(origin, path), Some(successor)) => {
+            tokio::select! {
+                _ = successor.all.wait() => {}
+                () = stop.wait() => return None,
+            }
+            let taken = Arc::clone(&successor.taken);
+            Some(Start::TakeOver(TakeOver {
+                origin,
+                path,
+                taken,
+                ready,
+            }))
+        }
+        (Place::Made(endpoint), _) => {
+            ready.tell(hints(&endpoint, num_queues, read_only));
+            Some(Start::Fresh(endpoint))
+        }
+        (Place::TakenOver(..), None) => None,
+    }
+}
+
+/// The end of a disk. Where others were taken over already, one that was not is its own affair.
+async fn over(served: Result<(), NotTaken>, takeover: Option<&Successor>) -> Result<(), Failure> {
+    let Err(error) = served else {
+        return Ok(());
+    };
+    match takeover {
+        Some(successor) if *successor.taken.lock().await > 0 => {
+            tracing::error!("{error}; this process goes on with the disks that it has taken over");
+            Ok(())
+        }
+        _ => Err(error.into()),
+    }
 }
 
 /// What to add to the command line of the VMM, if it is known how it can connect.

@@ -1,7 +1,5 @@
 //! One disk: a vhost-user device in front, an association behind, lanes between them.
 
-use std::io;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,33 +7,27 @@ use nvmf::host::{Association, ControllerInfo, HostError, NamespaceInfo, TargetAd
 use nvmf::transport::Registry;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
-use vhost_user_blk::{Device, Rings, serve};
+use vhost_user_blk::Device;
 
 use crate::bridge::geometry::{self, Choices};
 use crate::bridge::path_choice::IoPolicy;
 use crate::bridge::translate::Limits;
 use crate::config::{AttachConfig, Drain, Uri};
-use crate::endpoint::Endpoint;
+use crate::front::{Front, Start};
+use crate::handover::taking::NotTaken;
 use crate::limits::{LANE_SLOTS, MAILBOX, MAX_PATHS};
 use crate::metrics::DiskCounters;
 use crate::namespace_events::NamespaceEvents;
 use crate::reconnect::crowd::Crowd;
-use crate::reconnect::earlier::SessionNews;
 use crate::reconnect::way_back::{Found, WayBack};
 use crate::reconnect::{Paths, PathsSetup};
 use crate::remembered::Remembered;
-use crate::rings::LaneRings;
 use crate::worker::lane::{DeviceLane, LaneSetup};
-use crate::worker::mailbox::{LaneMessage, Mailbox};
+use crate::worker::mailbox::Mailbox;
 use crate::worker::placement::Placement;
 use crate::worker::pool::Workers;
 use crate::worker::throttle::{Rates, Throttle};
 
-/// How long rings may take to drain when the daemon is told to end.
-const DRAIN: Duration = Duration::from_millis(500);
-/// How long all lanes together may take to let go of everything.
-const LET_GO: Duration = Duration::from_millis(200);
 /// How long the controller may take to shut down.
 const SHUTDOWN: Duration = Duration::from_millis(600);
 /// Blocks above the page size of common guests are not understood by all of them.
@@ -72,6 +64,8 @@ pub(crate) struct Backing {
     pub(crate) way_back: Option<WayBack>,
     /// Where other paths lead to the same.
     pub(crate) others: Vec<TargetAddress>,
+    /// The command that it is a disk of.
+    pub(crate) command: &'static str,
 }
 
 impl Backing {
@@ -97,6 +91,7 @@ impl Backing {
             local_quiet: None,
             way_back: None,
             others: Vec::new(),
+            command: "attach",
         }
     }
 }
@@ -117,17 +112,6 @@ pub(crate) struct Disk {
     /// Where paths are told that are new.
     more: mpsc::Sender<TargetAddress>,
     front: Front,
-}
-
-/// Its side that faces the VMM.
-struct Front {
-    name: String,
-    device: Arc<Device>,
-    placement: Arc<Placement>,
-    /// Where the control plane learns what a session does.
-    session: mpsc::Sender<SessionNews>,
-    drain: Drain,
-    counters: Arc<DiskCounters>,
 }
 
 impl Disk {
@@ -213,7 +197,9 @@ impl Disk {
             local_quiet,
             way_back,
             others,
+            command,
         } = backing;
+        let there = first.is_some();
         let limits = Limits::new(&controller, &namespace);
         let device = Device::new(geometry::device_options(&choices, &controller, &namespace));
         let counters = Arc::new(DiskCounters::default());
@@ -280,6 +266,7 @@ impl Disk {
             session: news,
             recovered,
             local_quiet,
+            writes_around: choices.emulate_512,
             losses,
             changes,
             new_paths,
@@ -288,6 +275,10 @@ impl Disk {
         });
         let front = Front {
             name,
+            command,
+            subsystem: controller.subnqn.to_string(),
+            namespace: paths.namespace(),
+            there,
             device,
             placement,
             session,
@@ -311,14 +302,21 @@ impl Disk {
     /// controllers down, and logs the counters. Ends within two seconds of `stop`, also when a
     /// controller is dead or away.
     ///
-    pub(crate) async fn serve(self, endpoint: Endpoint, stop: impl Future<Output = ()>) {
+    /// # Errors
+    /// The disk was to be taken over from another process, and was not.
+    pub(crate) async fn serve(
+        self,
+        start: Start,
+        stop: impl Future<Output = ()>,
+    ) -> Result<(), NotTaken> {
         let Self { paths, front, .. } = self;
         let (end, ended) = oneshot::channel();
         let served = async {
-            front.serve(endpoint, stop).await;
+            let served = front.serve(start, stop).await;
             drop(end);
+            served
         };
-        let (associations, ()) = tokio::join!(paths.run(ended), served);
+        let (associations, served) = tokio::join!(paths.run(ended), served);
         // All at once, so that many take no longer than one.
         let ends: JoinSet<()> = associations
             .into_iter()
@@ -326,102 +324,6 @@ impl Disk {
             .collect();
         ends.join_all().await;
         front.counters.totals().log(&front.name);
-    }
-}
-
-impl Front {
-    async fn serve(&self, mut endpoint: Endpoint, stop: impl Future<Output = ()>) {
-        tokio::pin!(stop);
-        let mut session: Option<Session> = None;
-        loop {
-            tokio::select! {
-                () = &mut stop => break,
-                () = Session::ended(&mut session) => {
-                    session = None;
-                    tracing::info!(disk = self.name, "front-end has gone; waiting for the next");
-                }
-                next = endpoint.next(&self.name), if session.is_none() => match next {
-                    Some(stream) => match self.open_session(stream) {
-                        Ok(opened) => session = Some(opened),
-                        Err(error) => {
-                            tracing::error!(disk = self.name, %error, "cannot serve a front-end");
-                        }
-                    },
-                    None => {
-                        tracing::info!(disk = self.name, "no other front-end can come: ending");
-                        break;
-                    }
-                },
-            }
-        }
-        // Nobody connects any more.
-        drop(endpoint);
-        self.let_go(session).await;
-    }
-
-    fn open_session(&self, stream: UnixStream) -> io::Result<Session> {
-        let shutdown = stream.try_clone()?;
-        let device = Arc::clone(&self.device);
-        let (placement, session) = (Arc::clone(&self.placement), self.session.clone());
-        let rings: Arc<dyn Rings> = Arc::new(LaneRings::new(placement, session, self.drain));
-        let name = self.name.clone();
-        let (ended, end) = oneshot::channel();
-        // A thread of its own: the messages are read blocking, and a drain may take its time.
-        std::thread::Builder::new()
-            .name("session".to_owned())
-            .spawn(move || {
-                if let Err(error) = serve(stream, device, rings) {
-                    tracing::warn!(disk = name, %error, "session ended");
-                }
-                let _ = ended.send(());
-            })?;
-        tracing::info!(disk = self.name, "front-end connected");
-        Ok(Session { shutdown, end })
-    }
-
-    /// Ends the session, and then the lanes.
-    async fn let_go(&self, session: Option<Session>) {
-        if let Some(Session { shutdown, end }) = session {
-            // The session stops its rings, which drains them.
-            let _ = shutdown.shutdown(std::net::Shutdown::Both);
-            if timeout(DRAIN, end).await.is_err() {
-                tracing::warn!(disk = self.name, "requests in flight are given up");
-            }
-        }
-        // All are told before any is waited for, so that many take no longer than one.
-        let let_go = async {
-            let lanes = self.placement.lanes();
-            let mut ends = Vec::with_capacity(lanes.len());
-            for lane in lanes {
-                let (done, ended) = oneshot::channel();
-                lane.send(LaneMessage::End { done }).await;
-                ends.push(ended);
-            }
-            for ended in ends {
-                // An error means that the lane is gone, which is an end too.
-                let _ = ended.await;
-            }
-        };
-        if timeout(LET_GO, let_go).await.is_err() {
-            tracing::warn!(disk = self.name, "some lanes did not end in time");
-        }
-    }
-}
-
-/// A front-end's session, in a thread of its own.
-struct Session {
-    /// Ends the session when it is shut down.
-    shutdown: UnixStream,
-    end: oneshot::Receiver<()>,
-}
-
-impl Session {
-    /// Waits for the end of the session, if there is one; otherwise for ever.
-    async fn ended(session: &mut Option<Self>) {
-        match session {
-            // An error means that the thread is gone, which is an end too.
-            Some(session) => drop((&mut session.end).await),
-            None => std::future::pending().await,
-        }
+        served
     }
 }

@@ -36,6 +36,14 @@ pub(crate) enum Origin {
 }
 
 impl Origin {
+    /// The path of its socket.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Listen { path, .. } | Self::Connect(path) => Some(path),
+            Self::Inherited(_) => None,
+        }
+    }
+
     /// What it is called in messages.
     pub(crate) fn name(&self) -> String {
         match self {
@@ -143,6 +151,43 @@ impl Endpoint {
             Ok(Self(Kind::Connected(Some(socket.into()))))
         } else {
             Err(not("a socket that neither listens nor is connected"))
+        }
+    }
+
+    /// A socket that another process has listened on, at `path`, and leaves to this one. Within a runtime.
+    ///
+    /// # Errors
+    /// It is of no use.
+    pub(crate) fn taken(listener: OwnedFd, path: &Path) -> Result<Self, EndpointError> {
+        let path = SocketPath::of_socket(path)?;
+        Ok(Self::listening(listener.into(), Some(path))?)
+    }
+
+    /// Another descriptor of the socket, where one listens.
+    pub(crate) fn listener(&self) -> Option<io::Result<OwnedFd>> {
+        match &self.0 {
+            Kind::Listening { listener, .. } => Some(listener.as_fd().try_clone_to_owned()),
+            Kind::Connected(_) | Kind::Connecting { .. } => None,
+        }
+    }
+
+    /// Leaves the socket to another process.
+    pub(crate) fn leave(self) {
+        if let Kind::Listening {
+            path: Some(mut path),
+            ..
+        } = self.0
+        {
+            path.leave();
+        }
+    }
+
+    /// The path that is this disk's and no other's, absolute.
+    pub(crate) fn own_path(&self) -> Option<PathBuf> {
+        match &self.0 {
+            Kind::Listening { path, .. } => Some(path.as_ref()?.path().to_owned()),
+            Kind::Connected(_) => None,
+            Kind::Connecting { path, .. } => Some(path.clone()),
         }
     }
 

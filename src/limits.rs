@@ -1,6 +1,7 @@
 //! Every bound of the daemon, each with its reason.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 /// Queues that a disk may offer. A VMM that has more vCPUs than the disk has queues refuses to
 /// start, so the default is high; an unused queue costs nothing.
@@ -70,6 +71,11 @@ pub(crate) const DRAIN_SECONDS: RangeInclusive<i64> = 0..=3600;
 /// Short enough that a VMM that stops its guest is not taken for hung; longer than a target takes to restart, and
 /// than a fence is in force with the default keep-alive time-out.
 pub(crate) const DEFAULT_DRAIN_SECONDS: u16 = 20;
+
+/// How long the requests of a disk may take that is handed over: its guest waits, and a successor can come again.
+pub(crate) const HANDOVER_DRAIN: Duration = Duration::from_secs(2);
+/// How long anything else of a hand-over may take, on either side.
+pub(crate) const HANDOVER_STEP: Duration = Duration::from_secs(5);
 
 /// Bytes of the serial that a guest can read (virtio 1.3, "GET_ID").
 pub(crate) const SERIAL_LEN: usize = 20;

@@ -10,6 +10,8 @@ mod disks;
 mod endpoint;
 mod export;
 mod finding;
+mod front;
+mod handover;
 mod hints;
 mod limits;
 mod logging;

@@ -7,13 +7,14 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, timeout_at};
 use vhost_user_blk::{Queue, QueueUpdate, Rings, Tail};
 
 use crate::config::{Drain, DrainPolicy};
+use crate::limits::HANDOVER_DRAIN;
 use crate::reconnect::earlier::SessionNews;
 use crate::worker::mailbox::LaneMessage;
-use crate::worker::placement::Placement;
+use crate::worker::placement::{Placement, Waited};
 
 /// How long a ring that is suspended may wait for commands that are under way. A controller that is well has answered
 /// them long before; without an answer, what they may still write is fenced.
@@ -130,6 +131,38 @@ impl Rings for LaneRings {
         later.abort();
         self.stopped();
         queue
+    }
+
+    fn pause(&self, rings: &[usize]) -> Result<Vec<Queue>, String> {
+        let deadline = Instant::now() + HANDOVER_DRAIN;
+        let wait = |mut answer: oneshot::Receiver<_>| {
+            let waited = async { timeout_at(deadline, &mut answer).await };
+            match self.control.block_on(waited) {
+                Ok(Ok(Some(queue))) => Waited::Back(queue),
+                Ok(_) => Waited::Gone,
+                Err(_) => Waited::Late(answer),
+            }
+        };
+        let queues = self
+            .placement
+            .stop_all(rings, wait)
+            .ok_or_else(|| format!("requests in flight had no answer within {HANDOVER_DRAIN:?}"))?;
+        for _ in &queues {
+            self.stopped();
+        }
+        // The front-end's region tells a successor what is fenced; without one nobody does.
+        let fenced = self
+            .tell(|done| SessionNews::Fenced { done })
+            .unwrap_or(true);
+        if fenced && !self.kept.load(Ordering::Relaxed) {
+            for queue in queues {
+                self.start(queue.index(), queue);
+            }
+            return Err(
+                "writes that were sent to a lost controller may still be carried out".to_owned(),
+            );
+        }
+        Ok(queues)
     }
 
     fn region(&self, tail: Option<Tail>) {

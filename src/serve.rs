@@ -74,7 +74,11 @@ impl Local {
     ) -> Result<(Self, Disk), ServeError> {
         let mut subsystem = Subsystem::new(machine.default_subnqn(), "local");
         let uuid = config.namespace.uuid;
-        subsystem.add_namespace(NSID, uuid, storage::open(&config.namespace)?)?;
+        let storage = match config.takeover {
+            true => storage::open_beside(&config.namespace)?,
+            false => storage::open(&config.namespace)?,
+        };
+        subsystem.add_namespace(NSID, uuid, storage)?;
         let nqn = subsystem.nqn().clone();
         let registry = Arc::new(Registry::with_defaults());
         let (lanes, mut placed) = mpsc::unbounded_channel();
@@ -122,6 +126,7 @@ impl Local {
             // A controller in the same process does not come back on its own.
             way_back: None,
             others: Vec::new(),
+            command: "serve",
         };
         let disk = Disk::new(backing, config.choices, workers).await;
         Ok((local, disk))

@@ -2,6 +2,7 @@
 
 use std::fs::Permissions;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
@@ -28,6 +29,8 @@ pub(crate) struct SocketPath {
     path: PathBuf,
     device: u64,
     inode: u64,
+    /// It is another process's.
+    left: bool,
 }
 
 /// Why there can be no socket at a path.
@@ -91,16 +94,29 @@ pub(crate) fn listen(
     path: &Path,
     access: &Access,
 ) -> Result<(UnixListener, SocketPath), SocketError> {
+    let (socket, path) = listen_for(SocketType::STREAM, path, access)?;
+    Ok((socket.into(), path))
+}
+
+/// The same, for connections of another kind.
+///
+/// # Errors
+/// [`SocketError`]; nothing was changed then.
+pub(crate) fn listen_for(
+    kind: SocketType,
+    path: &Path,
+    access: &Access,
+) -> Result<(OwnedFd, SocketPath), SocketError> {
     check_form(path)?;
     let io = |source: io::Error| SocketError::Io {
         path: path.to_owned(),
         source,
     };
     let path = &std::path::absolute(path).map_err(io)?;
-    let socket = match bind(path) {
+    let socket = match bind(kind, path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
-            bind(path)
+            bind(kind, path)
         }
         other => other,
     };
@@ -116,11 +132,10 @@ pub(crate) fn listen(
     // Nobody can connect before it listens, so nobody does who may not.
     give(path, access)?;
     rustix::net::listen(&socket, SOCKET_BACKLOG).map_err(|error| io(error.into()))?;
-    Ok((socket.into(), guard))
+    Ok((socket, guard))
 }
 
-fn bind(path: &Path) -> io::Result<std::os::fd::OwnedFd> {
-    let kind = SocketType::STREAM;
+fn bind(kind: SocketType, path: &Path) -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
@@ -210,7 +225,24 @@ impl SocketPath {
             path: path.to_owned(),
             device: metadata.dev(),
             inode: metadata.ino(),
+            left: false,
         })
+    }
+
+    /// The same, where another process has made it, and leaves it to this one.
+    ///
+    /// # Errors
+    /// [`SocketError::Io`]: it is not there.
+    pub(crate) fn of_socket(path: &Path) -> Result<Self, SocketError> {
+        Self::of(path).map_err(|source| SocketError::Io {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
+    /// Leaves it to another process.
+    pub(crate) fn leave(&mut self) {
+        self.left = true;
     }
 
     /// The path, absolute.
@@ -225,7 +257,10 @@ impl Drop for SocketPath {
             .path
             .symlink_metadata()
             .is_ok_and(|now| (now.dev(), now.ino()) == (self.device, self.inode));
-        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+        if ours
+            && !self.left
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
             tracing::warn!(
                 "cannot remove the socket '{}': {error}",
                 self.path.display()

@@ -29,8 +29,27 @@ pub(crate) enum StorageError {
 /// # Errors
 /// [`StorageError`] as one line.
 pub(crate) fn open(namespace: &NamespaceConfig) -> Result<Arc<dyn Backend>, StorageError> {
+    open_as(namespace, false)
+}
+
+/// The same, while another process has it that hands it over.
+///
+/// # Errors
+/// [`StorageError`] as one line.
+pub(crate) fn open_beside(namespace: &NamespaceConfig) -> Result<Arc<dyn Backend>, StorageError> {
+    open_as(namespace, true)
+}
+
+fn open_as(namespace: &NamespaceConfig, beside: bool) -> Result<Arc<dyn Backend>, StorageError> {
     let block_size = namespace.block_size.bytes();
     let mut backend: Arc<dyn Backend> = match &namespace.storage {
+        Storage::File {
+            path,
+            read_only,
+            direct,
+        } if beside => Arc::new(FileBackend::open_beside(
+            path, block_size, *read_only, *direct,
+        )?),
         Storage::File {
             path,
             read_only,

@@ -119,6 +119,10 @@ impl Rings for HandOver {
     fn stop(&self, _index: usize) -> Option<Queue> {
         None
     }
+
+    fn pause(&self, _rings: &[usize]) -> Result<Vec<Queue>, String> {
+        Err("they are driven by hand".to_owned())
+    }
 }
 
 /// A front-end whose one ring runs.

@@ -99,6 +99,10 @@ impl Rings for Worker {
         Some(lane.queue)
     }
 
+    fn pause(&self, rings: &[usize]) -> Result<Vec<Queue>, String> {
+        Ok(rings.iter().filter_map(|&index| self.stop(index)).collect())
+    }
+
     fn region(&self, _tail: Option<Tail>) {
         assert!(self.0.lock().expect("unpoisoned").is_empty());
     }

@@ -217,6 +217,19 @@ impl Daemon {
             .collect()
     }
 
+    /// The messages of JSON log lines that begin so, each once, in the order in which they came.
+    pub fn messages(&self, beginning: &str) -> Vec<String> {
+        let mut messages = Vec::new();
+        for line in self.stderr.lines() {
+            let event = serde_json::from_str::<Value>(&line).unwrap_or_default();
+            let message = event["fields"]["message"].as_str().unwrap_or_default();
+            if message.starts_with(beginning) && !messages.iter().any(|known| known == message) {
+                messages.push(message.to_owned());
+            }
+        }
+        messages
+    }
+
     /// The memory that is its own: anonymous and file pages, without the guest memory that it shares.
     ///
     /// # Errors

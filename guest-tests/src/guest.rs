@@ -63,6 +63,8 @@ pub struct GuestOptions {
     pub forward: Vec<u16>,
     /// It can be migrated. Its root disk is a virtio disk then, behind those under test, since QEMU cannot migrate its NVMe device.
     pub migratable: bool,
+    /// Its memory is in huge pages of 2 MiB, which the machine must have reserved.
+    pub huge_pages: bool,
     /// Further arguments of QEMU, as they are.
     pub arguments: Vec<String>,
 }
@@ -77,6 +79,7 @@ impl Default for GuestOptions {
             entrance: Vec::new(),
             forward: Vec::new(),
             migratable: false,
+            huge_pages: false,
             arguments: Vec::new(),
         }
     }
@@ -204,9 +207,13 @@ impl Guest {
             &memory,
         ]);
         command.args(["-smp", &options.cpus.to_string()]);
+        let pages = match options.huge_pages {
+            true => ",hugetlb=on,hugetlbsize=2M",
+            false => "",
+        };
         command.args([
             "-object",
-            &format!("memory-backend-memfd,id=guest-memory,size={memory},share=on"),
+            &format!("memory-backend-memfd,id=guest-memory,size={memory},share=on{pages}"),
         ]);
         command.args(["-numa", "node,memdev=guest-memory"]);
         command

@@ -76,6 +76,8 @@ pub(crate) struct AttachConfig {
 pub(crate) struct ServeConfig {
     /// Where VMMs come from.
     pub(crate) origin: Origin,
+    /// The disk is another process's, which gives it away.
+    pub(crate) takeover: bool,
     /// Who works.
     pub(crate) crew: Crew,
     /// What the user decides about the disk.
@@ -175,6 +177,9 @@ pub(crate) enum ConfigError {
     /// An address twice.
     #[error("--listen {0} is given twice; keep one")]
     SameAddress(SocketAddr),
+    /// Storage that is gone with its process.
+    #[error("--takeover is not possible: {0}; end that process, and start this one without")]
+    NotTakenOver(&'static str),
     /// Neither a socket nor storage was given, which the command line does not let pass.
     #[error("there is no socket, or nothing to serve")]
     Nothing,
@@ -255,9 +260,13 @@ impl ServeConfig {
             *file |= read_only;
             read_only = *file;
         }
+        if args.disk.takeover {
+            can_be_taken_over(&spec)?;
+        }
         let HostIdentity { nqn, id } = HostIdentity::resolve(None, None, machine);
         Ok(Self {
             origin,
+            takeover: args.disk.takeover,
             choices: Choices {
                 num_queues: args.disk.num_queues,
                 serial: args.disk.serial,
@@ -277,6 +286,18 @@ impl ServeConfig {
             namespace: NamespaceConfig::resolve(1, spec, machine)?,
         })
     }
+}
+
+/// Two processes have the same storage.
+fn can_be_taken_over(spec: &Spec) -> Result<(), ConfigError> {
+    let reason = match (&spec.storage, &spec.powercut) {
+        (Storage::Ram { .. }, _) => "what ram: stores is in the process that serves it",
+        (_, Some(_)) => {
+            "what was not flushed is in the process that serves it, because of powercut"
+        }
+        _ => return Ok(()),
+    };
+    Err(ConfigError::NotTakenOver(reason))
 }
 
 /// A number of seconds, where a negative one is no limit.

@@ -82,6 +82,11 @@ impl AttachPlan {
         self.args.disk.socket.origin()
     }
 
+    /// The disk is another process's, which gives it away.
+    pub(crate) fn takes_over(&self) -> bool {
+        self.args.disk.takeover
+    }
+
     /// Who works.
     pub(crate) fn crew(&self) -> Crew {
         self.args.disk.workers.crew()

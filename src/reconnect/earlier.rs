@@ -22,6 +22,9 @@ use crate::worker::mailbox::LaneMessage;
 /// keep-alive time-outs that can be asked for, and the longest time that a controller can state for itself.
 const LONGEST: u64 = (3 * 3600 + 66) * 1000;
 
+/// Milliseconds within which a front-end that comes back has started all rings that ran before; it takes a few.
+const RINGS_COME: u64 = 1000;
+
 /// What the front-end's session tells.
 pub(crate) enum SessionNews {
     /// Before any ring runs: requests in flight are in another region from now on.
@@ -47,6 +50,11 @@ pub(crate) enum SessionNews {
         /// Answered when the region says what it may still write.
         done: oneshot::Sender<()>,
     },
+    /// The rings are paused for a successor.
+    Fenced {
+        /// Answered with whether there is something that an association may still write that was lost.
+        done: oneshot::Sender<bool>,
+    },
     /// The session is over: the region is somebody else's.
     Over {
         /// Answered when nothing is written to it any more.
@@ -69,6 +77,8 @@ pub(super) struct Earlier {
     boot: u128,
     /// Of an association with a controller that does not tell: this process itself.
     local_quiet: Option<Duration>,
+    /// What the earlier life may still write is more than the guest has asked for.
+    writes_around: bool,
 }
 
 /// A region that outlives the session.
@@ -84,6 +94,7 @@ impl Earlier {
         news: mpsc::Receiver<SessionNews>,
         recovered: mpsc::Receiver<()>,
         local_quiet: Option<Duration>,
+        writes_around: bool,
     ) -> Self {
         Self {
             news,
@@ -94,6 +105,7 @@ impl Earlier {
             over: 0,
             boot: boot(),
             local_quiet,
+            writes_around,
         }
     }
 
@@ -134,6 +146,10 @@ impl Paths {
                 self.earlier.running = running;
                 self.save();
                 let _ = done.send(());
+            }
+            Some(SessionNews::Fenced { done }) => {
+                self.collect_losses().await;
+                let _ = done.send(!self.fences.is_empty());
             }
             Some(SessionNews::Over { done }) => {
                 self.earlier.kept = None;
@@ -188,6 +204,9 @@ impl Paths {
                 already = self.fear(now);
             }
         }
+        if already && self.earlier.writes_around {
+            self.await_rings(now);
+        }
         if tail.kept() {
             self.earlier.kept = Some(Kept { tail, number });
             // Both copies: none of another life is left.
@@ -196,6 +215,18 @@ impl Paths {
         }
         self.tell_fences().await;
         already
+    }
+
+    /// What a ring that is yet to come had in flight may be written late with the sectors around it, as they were. So no other
+    /// ring writes before all have come, and what they may still write is fenced.
+    fn await_rings(&mut self, now: u64) {
+        self.fences.add(Fence {
+            slba: 0,
+            blocks: u64::MAX,
+            owner: None,
+            generation: 0,
+            deadline: now.saturating_add(RINGS_COME),
+        });
     }
 
     fn is_of_this_disk(&self, record: &Record) -> bool {

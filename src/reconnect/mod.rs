@@ -58,6 +58,8 @@ pub(crate) struct PathsSetup {
     /// How long storage in this machine goes on with what a process had begun that is gone; `None` for a
     /// controller elsewhere.
     pub(crate) local_quiet: Option<Duration>,
+    /// Parts of blocks are written by writing all of a block.
+    pub(crate) writes_around: bool,
     /// What the lanes tell of queue pairs.
     pub(crate) losses: mpsc::Receiver<PairLost>,
     /// The associations whose controllers said that access has changed, as the lanes tell.
@@ -136,6 +138,7 @@ impl Paths {
             session,
             recovered,
             local_quiet,
+            writes_around,
             losses,
             changes,
             way_back,
@@ -159,7 +162,7 @@ impl Paths {
             moving: false,
             lanes,
             placement,
-            earlier: Earlier::new(session, recovered, local_quiet),
+            earlier: Earlier::new(session, recovered, local_quiet, writes_around),
             losses,
             changes,
             tasks: JoinSet::new(),

@@ -232,6 +232,7 @@ impl DeviceLane {
                 }
             }
             LaneMessage::Suspend { index, done } => self.suspend(index, done),
+            LaneMessage::Stay { index } => self.stay(index),
             LaneMessage::Leave { index } => self.leave(index),
             LaneMessage::Hurry { index } => self.hurry(index),
             LaneMessage::Lose { path, done } => self.paths.lose(path, done),

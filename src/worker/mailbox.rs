@@ -48,6 +48,11 @@ pub(crate) enum LaneMessage {
         /// Gets the ring; `None` when the lane does not have it.
         done: oneshot::Sender<Option<Box<Queue>>>,
     },
+    /// A ring that was to be given back, and has not been, runs on.
+    Stay {
+        /// Its number in the device.
+        index: usize,
+    },
     /// A ring that was to be given back is late: leave what is not answered in flight.
     Leave {
         /// Its number in the device.
@@ -149,6 +154,22 @@ impl Mailbox {
         let (done, answer) = oneshot::channel();
         self.0.blocking_send(message(done)).ok()?;
         answer.blocking_recv().ok()
+    }
+
+    /// Sends a message, and gives what its answer comes from; `None` when the lane has ended. Blocks for room.
+    pub(crate) fn request<T>(
+        &self,
+        message: impl FnOnce(oneshot::Sender<T>) -> LaneMessage,
+    ) -> Option<oneshot::Receiver<T>> {
+        let (done, answer) = oneshot::channel();
+        self.0.blocking_send(message(done)).ok()?;
+        Some(answer)
+    }
+
+    /// As [`Self::send`], for threads that may block.
+    pub(crate) fn tell(&self, message: LaneMessage) {
+        // A lane that has ended has nothing left to do with it.
+        let _ = self.0.blocking_send(message);
     }
 
     /// Sends a message, waiting only for room.

@@ -7,6 +7,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
+use tokio::sync::oneshot;
 use vhost_user_blk::{Queue, QueueUpdate};
 
 use super::mailbox::{LaneMessage, Mailbox};
@@ -18,6 +19,16 @@ pub(crate) struct Placement {
     /// So many lanes, the first ones, have rings.
     usable: AtomicUsize,
     seats: Vec<Mutex<Seat>>,
+}
+
+/// What waiting for a ring has come to.
+pub(crate) enum Waited {
+    /// It is back.
+    Back(Box<Queue>),
+    /// Not yet.
+    Late(oneshot::Receiver<Option<Box<Queue>>>),
+    /// It never will be.
+    Gone,
 }
 
 /// Where a ring is.
@@ -104,6 +115,56 @@ impl Placement {
         let lane = self.lanes.get(seat.lane.take()?)?;
         let queue = lane.ask(|done| LaneMessage::Stop { index, done });
         Some(*queue.flatten()?)
+    }
+
+    /// Takes several rings back at once that answer all their requests first, by `deadline`; `wait` waits for that
+    /// with a time limit. Where it is too late for one, all run on, and what is given is `None`.
+    pub(crate) fn stop_all(
+        &self,
+        rings: &[usize],
+        wait: impl Fn(oneshot::Receiver<Option<Box<Queue>>>) -> Waited,
+    ) -> Option<Vec<Queue>> {
+        let mut seats: Vec<_> = rings
+            .iter()
+            .filter_map(|&ring| Some((ring, self.seat(ring)?)))
+            .collect();
+        let mut answers = Vec::with_capacity(seats.len());
+        for (ring, seat) in &seats {
+            let lane = seat.lane.and_then(|lane| self.lanes.get(lane));
+            let stop = |done| LaneMessage::Stop { index: *ring, done };
+            answers.push(lane.and_then(|lane| lane.request(stop)));
+        }
+        let mut back = Vec::with_capacity(seats.len());
+        let mut late = Vec::new();
+        for (at, answer) in answers.into_iter().enumerate() {
+            match answer.map(&wait) {
+                Some(Waited::Back(queue)) => back.push((at, queue)),
+                Some(Waited::Late(answer)) => late.push((at, answer)),
+                // The lane has ended, and the ring with it.
+                Some(Waited::Gone) | None => {}
+            }
+        }
+        if late.is_empty() && back.len() == rings.len() {
+            for (_, seat) in &mut seats {
+                seat.lane = None;
+            }
+            return Some(back.into_iter().map(|(_, queue)| *queue).collect());
+        }
+        for (at, answer) in late {
+            let (ring, seat) = &seats[at];
+            if let Some(lane) = seat.lane.and_then(|lane| self.lanes.get(lane)) {
+                lane.tell(LaneMessage::Stay { index: *ring });
+            }
+            // It may have been given back just before.
+            if let Ok(Some(queue)) = answer.blocking_recv() {
+                back.push((at, queue));
+            }
+        }
+        for (at, queue) in back {
+            let (ring, seat) = &mut seats[at];
+            self.start_in(seat, *ring, queue, false);
+        }
+        None
     }
 
     /// Takes a ring back that leaves requests in flight.

@@ -16,17 +16,17 @@ use crate::process::Process;
 use crate::ring::{Buffer, into, out};
 
 /// Where memory is plugged in: behind all that the guest has.
-const PLUGGED: u64 = 8 << 30;
+pub(crate) const PLUGGED: u64 = 8 << 30;
 
 /// A module of memory that can be plugged in.
-struct Module {
+pub(crate) struct Module {
     file: File,
     memory: GuestMemoryMmap,
     size: u64,
 }
 
 impl Module {
-    fn new(size: u64) -> Self {
+    pub(crate) fn new(size: u64) -> Self {
         let file = memfd(size);
         let clone = FileOffset::new(file.try_clone().expect("a descriptor"), 0);
         let len = usize::try_from(size).expect("64 bits");
@@ -36,7 +36,7 @@ impl Module {
     }
 
     /// As the front-end tells the back-end; `shift` moves what the front-end itself sees of it.
-    fn region(&self, shift: u64) -> VhostUserMemoryRegionInfo {
+    pub(crate) fn region(&self, shift: u64) -> VhostUserMemoryRegionInfo {
         VhostUserMemoryRegionInfo {
             guest_phys_addr: PLUGGED,
             memory_size: self.size,
@@ -46,14 +46,14 @@ impl Module {
         }
     }
 
-    fn fill(&self, at: u64, len: usize, with: u8) {
+    pub(crate) fn fill(&self, at: u64, len: usize, with: u8) {
         self.memory
             .write_slice(&vec![with; len], GuestAddress(PLUGGED + at))
             .expect("in it");
     }
 
     #[track_caller]
-    fn holds(&self, at: u64, len: usize, what: u8) {
+    pub(crate) fn holds(&self, at: u64, len: usize, what: u8) {
         let mut bytes = vec![0; len];
         self.memory
             .read_slice(&mut bytes, GuestAddress(PLUGGED + at))

@@ -79,6 +79,19 @@ impl Keeper {
         self.set_up();
     }
 
+    /// The same, with something between the start of the first ring and that of the others.
+    #[track_caller]
+    pub(crate) fn reconnect_slowly(&mut self, socket: &Path, between: impl FnOnce(&mut FrontEnd)) {
+        self.leave();
+        let (frontend, features) = negotiate_with(socket, self.setup.without, self.protocol);
+        assert_eq!(features, self.guest.features, "another offer");
+        self.guest.frontend = frontend;
+        self.hand_over();
+        self.run(0..1);
+        between(&mut self.guest);
+        self.run(1..self.setup.rings);
+    }
+
     /// Gets another region, as QEMU does when its machine is reset.
     #[track_caller]
     pub(crate) fn renew(&mut self) {
@@ -96,6 +109,13 @@ impl Keeper {
 
     #[track_caller]
     fn set_up(&mut self) {
+        self.hand_over();
+        self.run(0..self.setup.rings);
+    }
+
+    /// Gives it the region and the memory.
+    #[track_caller]
+    fn hand_over(&mut self) {
         let Self {
             guest, shape, file, ..
         } = self;
@@ -107,7 +127,12 @@ impl Keeper {
             .frontend
             .set_mem_table(&guest.memory.regions())
             .expect("SET_MEM_TABLE");
-        for index in 0..self.setup.rings {
+    }
+
+    #[track_caller]
+    fn run(&mut self, rings: std::ops::Range<usize>) {
+        let guest = &mut self.guest;
+        for index in rings {
             // What cloud-hypervisor says when it comes back: wrong, if anything is in flight.
             let base = guest.rings[index].available();
             guest.start(index, base);

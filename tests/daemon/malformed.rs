@@ -15,7 +15,7 @@ const INDIRECT: u16 = 4;
 const NEXT: u16 = 1;
 
 /// What a guest does to its ring 0.
-type Misdeed = fn(&mut FrontEnd);
+pub(crate) type Misdeed = fn(&mut FrontEnd);
 
 /// Posts a write whose data are as given.
 fn write_from(guest: &mut FrontEnd, data: &[Buffer]) {
@@ -29,7 +29,7 @@ fn indirect(guest: &mut FrontEnd, table: u64, len: u32) {
     ring.offer(0);
 }
 
-const MISDEEDS: &[(&str, Misdeed)] = &[
+pub(crate) const MISDEEDS: &[(&str, Misdeed)] = &[
     ("a chain that never ends", |guest| {
         guest.rings[0].add_loop(out(DATA, 16))
     }),
@@ -61,6 +61,11 @@ const MISDEEDS: &[(&str, Misdeed)] = &[
     }),
     ("one entry more than the ring has", |guest| {
         guest.rings[0].skip(129)
+    }),
+    ("a request that is made available twice", |guest| {
+        let (header, status) = guest.frame(0, 0, kind::FLUSH, 0);
+        let head = guest.rings[0].add(&[header, status]);
+        guest.rings[0].offer(head);
     }),
     ("a head outside the table", |guest| {
         guest.rings[0].offer(128)
@@ -94,7 +99,7 @@ const MISDEEDS: &[(&str, Misdeed)] = &[
 ];
 
 /// Waits until the device reports that a ring is broken.
-fn reported(err: &EventFd) -> bool {
+pub(crate) fn reported(err: &EventFd) -> bool {
     use std::os::fd::AsRawFd;
     let epoll = Epoll::new().expect("epoll");
     let readable = EpollEvent::new(EventSet::IN, 0);

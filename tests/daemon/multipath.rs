@@ -346,3 +346,32 @@ fn the_better_path_is_used_the_other_when_it_is_lost_and_the_better_again_when_i
         assert_eq!(attach.counter("errors"), 0);
     }
 }
+
+#[test]
+fn a_path_whose_access_changes_for_longer_than_its_controller_says_is_ended_and_connected_again() {
+    // The controller states ten seconds.
+    let (transition, late) = (Duration::from_secs(10), Duration::from_secs(4));
+    let spec = "ram:8M,uuid=6ba7b810-9dad-41d1-80b4-00c04fd430c8";
+    let (good, good_proxy) = export_with_access("optimized", spec);
+    let (changing, changing_proxy) = export_with_access("change", spec);
+    let path = changing_proxy.uri(changing.subsystem());
+    let args = [&QUICK[..], &["--path", &path]].concat();
+    let mut attach = Attach::start_with(&args, &good_proxy.uri(good.subsystem()));
+    await_logged(&attach, ANOTHER, 1);
+    let began = Instant::now();
+    let mut guest = FrontEnd::connect(&attach.socket);
+    while losses(&attach) == 0 {
+        assert_eq!(guest.write(0, 8, &[1; 512]), OK);
+        assert!(began.elapsed() < transition + late);
+        thread::sleep(Duration::from_millis(20));
+    }
+    let lost = began.elapsed();
+    assert!(lost > transition - Duration::from_secs(1), "{lost:?}");
+    let lines = attach.process.stderr();
+    let mut lines = lines.iter();
+    assert!(lines.any(|line| line.contains("access was changing for longer")));
+    await_logged(&attach, BACK, 1);
+    drop(guest);
+    attach.stop();
+    assert_eq!(attach.counter("errors"), 0);
+}

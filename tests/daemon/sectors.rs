@@ -283,6 +283,46 @@ fn a_daemon_that_is_killed_between_reading_a_block_and_writing_it_is_not_noticed
 }
 
 #[test]
+fn what_a_killed_daemon_writes_late_undoes_no_sector_that_another_ring_has_written_since() {
+    let slow = "ram:8M,block-size=4096,fault=delay=1500ms:write:after=1:count=1";
+    // The target holds a write back, and does not learn that its host is gone.
+    let export = Export::start(&[slow]);
+    let proxy = Proxy::start(export.address());
+    let uri = proxy.uri(export.subsystem());
+    let args = [&QUICK[..], &[EMULATE]].concat();
+    let directory = Directory::new();
+    let socket = directory.path("disk.sock");
+    let disk = Attach::start_at(&socket, &args, &uri);
+    let setup = Setup {
+        rings: 2,
+        ..Setup::default()
+    };
+    let mut keeper = Keeper::connect(&socket, setup, KEEP);
+    assert_eq!(keeper.guest.write(0, 0, &[1; 4096]), OK);
+    let post = |guest: &mut FrontEnd, ring: usize, sector: u64, byte: u8| {
+        let at = DATA + 4096 * (1 + sector);
+        guest.memory.write(at, &[byte; 512]);
+        guest.add(ring, 7, kind::WRITE, sector, &[out(at, 512)]);
+        guest.rings[ring].submit();
+    };
+    post(&mut keeper.guest, 1, 0, 2);
+    thread::sleep(WHILE);
+    drop(disk);
+    let _disk = Attach::start_at(&socket, &args, &uri);
+    keeper.reconnect_slowly(&socket, |guest| {
+        post(guest, 0, 1, 3);
+        thread::sleep(WHILE);
+    });
+    keeper.guest.rings[0].wait(1);
+    keeper.guest.rings[1].wait(1);
+    assert_eq!([0, 1].map(|ring| keeper.guest.status(ring, 7)), [OK; 2]);
+    // The late one has come by now.
+    thread::sleep(Duration::from_millis(1500));
+    let block = [[2; 512].as_slice(), &[3; 512], &[1; 3072]].concat();
+    assert_eq!(keeper.guest.read(0, 0, 4096), (OK, block));
+}
+
+#[test]
 fn rings_that_are_suspended_leave_what_waits_for_others_as_well() {
     let export = Export::start(&[SLOW]);
     let args = [&QUICK[..], &[EMULATE]].concat();

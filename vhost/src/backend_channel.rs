@@ -3,6 +3,8 @@
 //! The message library has a sender for it that knows no notice of a changed configuration, so the
 //! descriptor is kept beside it and that one message is written here.
 
+use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 
 use rustix::io::{Errno, retry_on_intr};
@@ -19,6 +21,11 @@ impl BackendChannel {
     /// Of a connected stream socket.
     pub(crate) fn new(socket: OwnedFd) -> Self {
         Self(socket)
+    }
+
+    /// Another descriptor of it.
+    pub(crate) fn file(&self) -> io::Result<File> {
+        Ok(self.0.try_clone()?.into())
     }
 
     /// Tells the front-end that the configuration space has changed. Never waits: a front-end that does

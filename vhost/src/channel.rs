@@ -19,7 +19,7 @@ use rustix::net::{
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE, VhostUserVringState};
 
 /// Bytes of a message header.
-const HEADER: usize = 12;
+pub(crate) const HEADER: usize = 12;
 
 /// Largest body that is waited for, and skipped if it is of no use; past this the peer is not
 /// speaking vhost-user.

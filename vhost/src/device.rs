@@ -1,5 +1,7 @@
 //! What the device is and offers: features, limits and configuration space.
 
+use std::fs::File;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -88,6 +90,14 @@ impl Device {
         })
     }
 
+    /// The feature bit of a disk that cannot be written to.
+    pub const READ_ONLY: u64 = bit(VIRTIO_BLK_F_RO);
+
+    /// Protocol feature bits on offer.
+    pub fn protocol_features(&self) -> u64 {
+        protocol_features().bits()
+    }
+
     /// Changes the capacity, in sectors of 512 bytes, that the next read of the configuration shows, and
     /// tells the front-end. Never waits. False when there is no front-end, or it gave no channel to be told
     /// on (VHOST_USER_PROTOCOL_F_BACKEND_REQ): then it learns of the change when it reads the configuration.
@@ -104,6 +114,11 @@ impl Device {
     /// What the front-end is told of changes on.
     pub(crate) fn set_backend_channel(&self, channel: Option<BackendChannel>) {
         *self.backend_channel() = channel;
+    }
+
+    /// Another descriptor of what the front-end is told of changes on, if there is that.
+    pub(crate) fn backend_channel_file(&self) -> Option<io::Result<File>> {
+        self.backend_channel().as_ref().map(BackendChannel::file)
     }
 
     fn backend_channel(&self) -> MutexGuard<'_, Option<BackendChannel>> {
@@ -123,7 +138,7 @@ impl Device {
 
     /// Virtio feature bits on offer: always the same for the same options, since a front-end that
     /// comes back to fewer features drops the device.
-    pub(crate) fn features(&self) -> u64 {
+    pub fn features(&self) -> u64 {
         let mut features = bit(VIRTIO_F_VERSION_1)
             | bit(VIRTIO_RING_F_EVENT_IDX)
             | bit(VIRTIO_RING_F_INDIRECT_DESC)

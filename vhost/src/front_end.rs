@@ -29,6 +29,7 @@ use crate::vring::{Kick, MAX_RING_SIZE, RingAddresses, Signal, Vring};
 
 mod cache_mode;
 mod device_state;
+mod handover;
 mod inflight;
 mod log;
 

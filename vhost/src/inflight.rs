@@ -20,6 +20,7 @@ use rustix::fs::{
     memfd_create,
 };
 use rustix::io::Errno;
+use vm_memory::FileOffset;
 use vm_memory::mmap::MmapRegionError;
 
 pub use ring::BadInflight;
@@ -160,6 +161,17 @@ impl Region {
             entries: shape.entries,
             tail,
         })
+    }
+
+    /// What a front-end says about it, and its file.
+    pub(crate) fn shape(&self) -> (RegionShape, Option<Arc<File>>) {
+        let shape = RegionShape {
+            len: self.memory.len() as u64,
+            offset: self.memory.file().map_or(0, FileOffset::start),
+            rings: self.rings,
+            entries: self.entries,
+        };
+        (shape, self.memory.file().map(|file| Arc::clone(file.arc())))
     }
 
     /// The part of ring `index`.

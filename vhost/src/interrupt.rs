@@ -1,4 +1,4 @@
-//! What has a session pause between two messages, from another thread.
+//! What has a thread that waits for a socket do something else, such as a session between two messages.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,12 +7,12 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::{Errno, read, retry_on_intr, write};
 
-/// Interrupts a session that is served. Clones interrupt the same one.
+/// Interrupts whoever waits for a socket with it. Clones interrupt the same one.
 #[derive(Debug, Clone)]
 pub struct Interrupt(Arc<OwnedFd>);
 
 impl Interrupt {
-    /// Of a session that is not served yet.
+    /// Nobody waits yet.
     ///
     /// # Errors
     /// No descriptor can be had.
@@ -21,7 +21,7 @@ impl Interrupt {
         Ok(Self(Arc::new(event)))
     }
 
-    /// Has the session pause before its next message; at once, when it waits for one.
+    /// Ends the wait, or the next one.
     pub fn raise(&self) {
         // It only fails where it is raised already.
         let _ = write(&*self.0, &1_u64.to_ne_bytes());
@@ -29,7 +29,10 @@ impl Interrupt {
 
     /// Waits until `stream` has something to read, or has ended; false when it was interrupted instead, which is then
     /// forgotten.
-    pub(crate) fn wait_for(&self, stream: impl AsFd) -> io::Result<bool> {
+    ///
+    /// # Errors
+    /// It cannot be waited.
+    pub fn wait_for(&self, stream: impl AsFd) -> io::Result<bool> {
         let mut events = [
             PollFd::new(&*self.0, PollFlags::IN),
             PollFd::new(&stream, PollFlags::IN),

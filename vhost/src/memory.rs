@@ -116,6 +116,8 @@ impl FileId {
 pub struct Region {
     spec: RegionSpec,
     file: FileId,
+    /// For whoever goes on with the session.
+    handle: Arc<File>,
     mapping: Mapping,
     /// Where the region starts in the mapping, which starts at a page boundary of the file.
     lead: usize,
@@ -176,10 +178,13 @@ impl Region {
         let base = NonNull::new(base.cast()).ok_or(failed(rustix::io::Errno::FAULT))?;
         let mapping = Mapping { base, len };
         mapping.leave_out_of_dumps();
+        let handle = rustix::io::fcntl_dupfd_cloexec(file, 3).map_err(failed)?;
+        let handle = File::from(handle);
         unmap::get_ready();
         Ok(Self {
             spec,
             file: FileId::of(stat),
+            handle: Arc::new(handle),
             mapping,
             lead: usize::try_from(lead).map_err(|_| range())?,
             size: usize::try_from(size).map_err(|_| range())?,
@@ -316,6 +321,20 @@ impl GuestMap {
     /// The regions.
     pub(crate) fn table(&self) -> &GuestRegionCollection<Region> {
         &self.memory
+    }
+
+    /// What the front-end has for an address of the guest's.
+    pub(crate) fn user_addr(&self, guest_addr: u64) -> Option<u64> {
+        let (region, at) = self.memory.to_region_addr(GuestAddress(guest_addr))?;
+        Some(region.spec.user_addr + at.0)
+    }
+
+    /// The regions as the front-end described them, with their files.
+    pub(crate) fn recorded(&self) -> Vec<(RegionSpec, Arc<File>)> {
+        let regions = self.memory.iter();
+        regions
+            .map(|region| (region.spec, Arc::clone(&region.handle)))
+            .collect()
     }
 
     /// The guest's address of what the front-end has at `user_addr`.

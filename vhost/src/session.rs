@@ -17,6 +17,7 @@ use crate::complaints::Complaints;
 use crate::device::Device;
 use crate::front_end::FrontEnd;
 use crate::inflight::Tail;
+use crate::interrupt::Interrupt;
 use crate::queue::{Queue, QueueUpdate};
 use crate::vring::Signal;
 
@@ -44,6 +45,14 @@ pub trait Rings: Send + Sync {
     fn suspend(&self, index: usize) -> Option<Queue> {
         self.stop(index)
     }
+
+    /// Takes all these rings back at once, with nothing in flight, as [`Self::stop`] does, but fails nothing
+    /// and leaves nothing: where that takes too long, or what was lost earlier could still change what the
+    /// rings' successor writes, all run on.
+    ///
+    /// # Errors
+    /// Why they run on.
+    fn pause(&self, rings: &[usize]) -> Result<Vec<Queue>, String>;
 
     /// Rings that start from now on use another in-flight region, whose private tail this is: a new
     /// one, or one that an earlier life has left. `None` when there is none any more, because the
@@ -73,31 +82,88 @@ pub fn serve(
     device: Arc<Device>,
     rings: Arc<dyn Rings>,
 ) -> Result<(), SessionError> {
-    stream.set_nonblocking(false)?;
-    let complaints = Arc::new(Complaints::default());
-    let front_end = FrontEnd::new(device, rings, Arc::clone(&complaints));
-    let front_end = Arc::new(Mutex::new(front_end));
-    let mut session = Session {
-        channel: Channel::new(stream.try_clone()?),
-        handler: BackendReqHandler::from_stream(stream, Arc::clone(&front_end)),
-        front_end,
-        complaints,
-    };
-    while let Some(mut message) = session.channel.peek()? {
-        session.handle(&mut message)?;
-    }
+    let mut session = Session::new(stream, device, rings)?;
+    while session.next()? {}
     Ok(())
 }
 
-struct Session {
-    channel: Channel,
-    handler: BackendReqHandler<Mutex<FrontEnd>>,
+/// How it came that a session is not served any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// The front-end has gone.
+    Gone,
+    /// Somebody wants something else of it: it may be served again.
+    Interrupted,
+}
+
+/// One front-end's connection. Every ring that it has started stops with it, as [`serve`] says.
+pub struct Session {
+    /// The front-end's socket, a descriptor of our own.
+    pub(crate) stream: UnixStream,
+    pub(crate) channel: Channel,
+    pub(crate) handler: BackendReqHandler<Mutex<FrontEnd>>,
     front_end: Arc<Mutex<FrontEnd>>,
+    /// Rings that are paused.
+    pub(crate) parked: Vec<Queue>,
     complaints: Arc<Complaints>,
 }
 
 impl Session {
-    fn front_end(&self) -> MutexGuard<'_, FrontEnd> {
+    /// A session in which nothing was said yet.
+    ///
+    /// # Errors
+    /// The socket cannot be used.
+    pub fn new(
+        stream: UnixStream,
+        device: Arc<Device>,
+        rings: Arc<dyn Rings>,
+    ) -> Result<Self, SessionError> {
+        stream.set_nonblocking(false)?;
+        let complaints = Arc::new(Complaints::default());
+        let front_end = FrontEnd::new(device, rings, Arc::clone(&complaints));
+        let front_end = Arc::new(Mutex::new(front_end));
+        Ok(Self {
+            stream: stream.try_clone()?,
+            channel: Channel::new(stream.try_clone()?),
+            handler: BackendReqHandler::from_stream(stream, Arc::clone(&front_end)),
+            front_end,
+            parked: Vec::new(),
+            complaints,
+        })
+    }
+
+    /// Serves it until the front-end goes away, or somebody interrupts it between two messages. Blocks.
+    ///
+    /// # Errors
+    /// As [`serve`].
+    pub fn serve(&mut self, interrupt: &Interrupt) -> Result<Served, SessionError> {
+        loop {
+            if !interrupt.wait_for(&self.stream)? {
+                return Ok(Served::Interrupted);
+            }
+            if !self.next()? {
+                return Ok(Served::Gone);
+            }
+        }
+    }
+
+    /// The front-end's socket.
+    ///
+    /// # Errors
+    /// No descriptor can be had.
+    pub fn stream(&self) -> io::Result<UnixStream> {
+        self.stream.try_clone()
+    }
+
+    /// Handles the next message; false when there will be none.
+    fn next(&mut self) -> Result<bool, SessionError> {
+        match self.channel.peek()? {
+            Some(mut message) => self.handle(&mut message).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    pub(crate) fn front_end(&self) -> MutexGuard<'_, FrontEnd> {
         self.front_end
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

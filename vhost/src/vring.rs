@@ -85,6 +85,11 @@ impl Signal {
         }
     }
 
+    /// The descriptor.
+    pub(crate) fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+
     /// Raises the event. When nothing can be written the event is already pending, or the
     /// front-end no longer listens; neither is an error of ours.
     pub(crate) fn raise(&self) {

@@ -7,15 +7,22 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use guest_tests::{Attach, AttachOptions, Checks, Disk, Export, Guest, GuestOptions, Seeded};
+use guest_tests::{
+    Attach, AttachOptions, Checks, Disk, Export, Guest, GuestOptions, Seeded, rounds,
+};
 
 use crate::cases::{image, image_directory, no_kernel_errors, write_and_read_back};
+use crate::load::Load;
 use crate::{MIB, seed};
 
 const NQN: &str = "nqn.2026-01.org.example:changes";
 const PORT: u16 = 4420;
 const SMALL_MIB: u64 = 64;
 const LARGE_MIB: u64 = 160;
+/// The load has all of this.
+const LIMIT: Duration = Duration::from_secs(600);
+/// The longest that a request may take, on a busy machine.
+const STALL: Duration = Duration::from_secs(10);
 const HOST: &str =
     "--hostid=11111111-2222-3333-4444-555555555555 --hostnqn=nqn.2026-01.org.example:linux-host";
 /// In the target's configuration.
@@ -106,6 +113,28 @@ fn namespaces_that_change_reach_those_who_have_them() {
             length: 8 * MIB,
         };
         write_and_read_back(&mut guest, "vda", stretch)
+    });
+    checks.check("it grows again and again under load", || {
+        let load = Load::start(&mut guest, "vda", seed(2), LIMIT)?;
+        sleep(Duration::from_secs(2));
+        let times = if rounds() > 1 { 20 } else { 4 };
+        for time in 1..=times {
+            let mib = LARGE_MIB + time;
+            target.sh(&format!(
+                "truncate -s {mib}M /tmp/disk.img; echo 1 >{NAMESPACE}/revalidate_size"
+            ))?;
+            await_size(&mut guest, "/dev/vda", mib)?;
+            // What is new can be used at once.
+            let stretch = Seeded {
+                seed: seed(3),
+                offset: (mib - 1) * MIB,
+                length: MIB,
+            };
+            write_and_read_back(&mut guest, "vda", stretch)?;
+        }
+        let done = load.finish(&mut guest)?;
+        ensure!(done.longest < STALL, "{done}");
+        Ok(format!("{times} times; {done}"))
     });
     checks.check("a namespace that goes and comes back is reported", || {
         target.sh(&format!("echo 0 >{NAMESPACE}/enable"))?;

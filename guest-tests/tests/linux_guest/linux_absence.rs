@@ -14,6 +14,8 @@ use crate::{MIB, seed};
 const PORT: u16 = 4420;
 /// Longer than the keep-alive time of its disks.
 const STILL: Duration = Duration::from_secs(12);
+/// What is answered for want of a path leaves no line otherwise.
+const DEBUG: [&str; 2] = ["--log-level", "debug"];
 /// The loads have all of this for what happens meanwhile.
 const LIMIT: Duration = Duration::from_secs(900);
 /// The longest that a request may take: [`STILL`], an attempt after it that is late, and a busy machine.
@@ -30,7 +32,7 @@ fn what_a_linux_target_does_not_have_for_a_while_is_there_again() {
     let mut disks = Vec::new();
     for nsid in 1..=2 {
         let socket = directory.path().join(format!("{nsid}.sock"));
-        attached.push(nvmet::attach(&target, &[PORT], nsid, &socket, &[]).unwrap());
+        attached.push(nvmet::attach(&target, &[PORT], nsid, &socket, &DEBUG).unwrap());
         disks.push(Disk { socket, queues: 1 });
     }
     let mut guest = Guest::boot(&GuestOptions {
@@ -142,6 +144,14 @@ fn goes_and_returns(
         said.push(format!(
             "{name}: refused after {took:.1?}, {reads} reads good and bad"
         ));
+    }
+    // What the guest is told is an I/O error, whatever the target has answered.
+    for beginning in [
+        "a request was lost",
+        "a request failed",
+        "a command was refused",
+    ] {
+        said.extend(attach.daemon.messages(beginning));
     }
     Ok(said.join(", "))
 }

@@ -18,9 +18,12 @@ mod linux_paths;
 mod linux_target;
 mod load;
 mod machines;
+mod memory;
 mod migration;
 mod nvmet;
 mod outages;
+mod sectors;
+mod throttling;
 
 /// A mebibyte.
 const MIB: u64 = 1 << 20;

@@ -74,7 +74,7 @@ impl FileBackend {
     /// # Errors
     /// [`OpenError`].
     pub fn open(path: &Path, block_size: u32, read_only: bool) -> Result<Self, OpenError> {
-        Self::open_with(path, block_size, read_only, false)
+        Self::open_with(path, block_size, read_only, false, Locking::Now)
     }
 
     /// As [`Self::open`], past the page cache. Memory that the device does not take as it is goes
@@ -83,7 +83,22 @@ impl FileBackend {
     /// # Errors
     /// [`OpenError`], also when the device has larger blocks than `block_size`.
     pub fn open_direct(path: &Path, block_size: u32, read_only: bool) -> Result<Self, OpenError> {
-        Self::open_with(path, block_size, read_only, true)
+        Self::open_with(path, block_size, read_only, true, Locking::Now)
+    }
+
+    /// As [`Self::open`] or, when `direct`, [`Self::open_direct`], while another process still has the file that hands
+    /// it over to this one: it is locked as soon as that process lets go of it. A block device is not kept from being
+    /// mounted meanwhile, nor later.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open_beside(
+        path: &Path,
+        block_size: u32,
+        read_only: bool,
+        direct: bool,
+    ) -> Result<Self, OpenError> {
+        Self::open_with(path, block_size, read_only, direct, Locking::Later)
     }
 
     fn open_with(
@@ -91,6 +106,7 @@ impl FileBackend {
         block_size: u32,
         read_only: bool,
         direct: bool,
+        locking: Locking,
     ) -> Result<Self, OpenError> {
         if !matches!(block_size, 512 | 4096) {
             return Err(OpenError::BlockSize(block_size));
@@ -101,7 +117,7 @@ impl FileBackend {
         let mut options = OpenOptions::new();
         options.read(true).write(!read_only);
         // O_EXCL is refused by the kernel while the device is mounted or otherwise taken.
-        let exclusive = kind == Kind::BlockDevice && !read_only;
+        let exclusive = kind == Kind::BlockDevice && !read_only && locking == Locking::Now;
         options.custom_flags(
             if exclusive { libc::O_EXCL } else { 0 } | if direct { libc::O_DIRECT } else { 0 },
         );
@@ -111,11 +127,18 @@ impl FileBackend {
             }
             other => other.map_err(failed),
         };
-        let mut file = patiently(|| {
-            let file = open()?;
-            lock(&file, path, read_only)?;
-            Ok(file)
-        })?;
+        let mut file = match locking {
+            Locking::Now => patiently(|| {
+                let file = open()?;
+                lock(&file, path, read_only)?;
+                Ok(file)
+            })?,
+            Locking::Later => {
+                let file = open()?;
+                lock_later(&file, read_only).map_err(failed)?;
+                file
+            }
+        };
         let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if size == 0 {
             return Err(OpenError::Empty(path.to_owned()));
@@ -171,6 +194,15 @@ fn alignment(file: &File, path: &Path, block_size: u32) -> Result<usize, OpenErr
     Err(OpenError::NoDirect(path.to_owned()))
 }
 
+/// When a file is locked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Locking {
+    /// When it is opened, or it is an error.
+    Now,
+    /// When whoever has locked it lets go.
+    Later,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Regular,
@@ -204,6 +236,23 @@ fn patiently<T>(mut attempt: impl FnMut() -> Result<T, OpenError>) -> Result<T, 
             other => return other,
         }
     }
+}
+
+/// Waits for the lock in a thread of its own; the lock is then that of `file`, whose description they share.
+fn lock_later(file: &File, shared: bool) -> io::Result<()> {
+    let file = file.try_clone()?;
+    let thread = std::thread::Builder::new().name("lock".to_owned());
+    thread.spawn(move || {
+        let locked = if shared {
+            file.lock_shared()
+        } else {
+            file.lock()
+        };
+        if let Err(error) = locked {
+            tracing::warn!(%error, "a file that was taken over cannot be locked");
+        }
+    })?;
+    Ok(())
 }
 
 fn lock(file: &File, path: &Path, shared: bool) -> Result<(), OpenError> {

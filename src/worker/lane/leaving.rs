@@ -56,6 +56,16 @@ impl DeviceLane {
         let _ = self.recovered.try_send(());
     }
 
+    /// Has a ring run on that was to stop.
+    pub(super) fn stay(&mut self, index: usize) {
+        if let Some(ring) = self.rings.iter_mut().find(|ring| ring.index == index) {
+            ring.stopping = None;
+            ring.leaving = false;
+            ring.late = false;
+            ring.scan = true;
+        }
+    }
+
     /// Stops a ring whose unanswered requests stay in flight.
     pub(super) fn suspend(&mut self, index: usize, done: oneshot::Sender<Option<Box<Queue>>>) {
         match self.rings.iter_mut().find(|ring| ring.index == index) {

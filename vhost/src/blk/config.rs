@@ -10,7 +10,7 @@ pub(crate) const CONFIG_SPACE: usize = 256;
 const LEGACY_OFFSET: u32 = 0x100;
 
 /// The only field that a driver may write.
-const WRITEBACK: usize = 32;
+pub(crate) const WRITEBACK: usize = 32;
 
 /// What the configuration space says.
 #[derive(Debug, Clone, Copy)]

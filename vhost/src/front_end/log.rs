@@ -56,6 +56,11 @@ impl FrontEnd {
         self.logging.refused && self.logs_all()
     }
 
+    /// There is a log, or should be one.
+    pub(super) fn is_logging(&self) -> bool {
+        self.logging.log.is_some() || self.logging.refused
+    }
+
     /// What ring `at` marks, and where.
     pub(super) fn ring_log(&self, at: usize) -> Option<RingLog> {
         let log = self.logging.log.as_ref()?;

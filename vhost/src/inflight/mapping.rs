@@ -26,6 +26,16 @@ impl Mapping {
         Ok(Self { region })
     }
 
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.region.size()
+    }
+
+    /// The file, and where in it the mapping starts.
+    pub(crate) fn file(&self) -> Option<&FileOffset> {
+        self.region.file_offset()
+    }
+
     fn bytes(&self) -> VolatileSlice<'_, impl BitmapSlice> {
         self.region.as_volatile_slice()
     }

@@ -159,6 +159,18 @@ impl Rings for Worker {
         Some(lane.queue)
     }
 
+    fn pause(&self, rings: &[usize]) -> Result<Vec<Queue>, String> {
+        self.log(format!("pause {}", rings.len()));
+        if rings.iter().any(|&ring| self.held(ring) > 0) {
+            return Err("requests are in flight".to_owned());
+        }
+        let mut lanes = self.lanes.lock().expect("unpoisoned");
+        let lanes = rings
+            .iter()
+            .map(|ring| lanes.remove(ring).expect("running"));
+        Ok(lanes.map(|lane| lane.queue).collect())
+    }
+
     fn region(&self, tail: Option<Tail>) {
         assert_eq!(self.running(), [0; 0], "a ring is running");
         self.tails.lock().expect("unpoisoned").push(tail);
