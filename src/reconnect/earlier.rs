@@ -336,8 +336,11 @@ impl Paths {
             return;
         };
         let mut fences = Fences::default();
+        // Elsewhere the deadlines say nothing, and all of the time is taken for each.
+        let mut longest = 0;
         for fence in self.fences.iter() {
             let left = fence.deadline.saturating_sub(now);
+            longest = longest.max(left);
             fences.add(Fence {
                 deadline: since_boot.saturating_add(left).saturating_add(1),
                 ..*fence
@@ -350,7 +353,7 @@ impl Paths {
             boot: earlier.boot,
             disk,
             sending: (earlier.running && connected) || left > 0,
-            quiet: if connected { quiet.max(left) } else { left },
+            quiet: longest.max(left).max(if connected { quiet } else { 0 }),
             fences,
         };
         kept.number = kept.number.wrapping_add(1);

@@ -575,6 +575,7 @@ impl Paths {
             access,
         })
         .await;
+        self.spread();
     }
 
     /// Loses paths whose controllers are not through with a change in the time that they state.

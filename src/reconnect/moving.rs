@@ -5,13 +5,20 @@
 
 use std::sync::Arc;
 
+use super::path::Path;
 use super::{News, Paths};
 
 impl Paths {
     /// Has rings run where there are queue pairs, if there are any. What takes its time runs beside.
     pub(super) fn spread(&mut self) {
-        let connected = self.paths.iter().filter(|path| path.association.is_some());
-        let Some(pairs) = connected.map(|path| path.pairs).max() else {
+        let of_use = |path: &&Path| path.association.is_some() && path.access.is_usable();
+        let Some(pairs) = self
+            .paths
+            .iter()
+            .filter(of_use)
+            .map(|path| path.pairs)
+            .max()
+        else {
             // Wherever they are, they wait.
             return;
         };

@@ -378,6 +378,37 @@ fn a_request_of_a_new_region_is_not_taken_for_one_that_had_its_number_before() {
 }
 
 #[test]
+fn fences_are_in_force_on_another_machine_whose_clock_says_nothing_of_them() {
+    // The target holds the first write back, and does not learn that the host is gone.
+    let export = Export::start(&["ram:8M,fault=delay=1500ms:write:count=1"]);
+    let proxy = Proxy::start(export.address());
+    let uri = proxy.uri(export.subsystem());
+    let mut disk = Disk::new();
+    disk.start(&[], &uri);
+    let mut keeper = Keeper::connect(disk.socket(), Setup::default(), KEEP);
+    post(&mut keeper, 0, 0, 0, 1);
+    thread::sleep(WHILE);
+    let lost = Instant::now();
+    // It is lost, and there is no way back before the end.
+    proxy.silence(true);
+    proxy.cut_hosts_off();
+    await_logged_lost(disk.attach());
+    thread::sleep(WHILE);
+    disk.kill();
+    keeper.change_machine();
+    proxy.silence(false);
+    disk.start(&[], &uri);
+    keeper.reconnect(disk.socket());
+    keeper.guest.rings[0].wait(1);
+    assert_eq!(keeper.guest.status(0, 0), OK);
+    post(&mut keeper, 0, 1, 0, 2);
+    await_status(&keeper.guest, 0, 1);
+    assert!(lost.elapsed() >= FENCED, "{:?}", lost.elapsed());
+    keeper.guest.rings[0].wait(1);
+    assert!(keeper.guest.read(0, 0, 4096) == (OK, vec![2; 4096]));
+}
+
+#[test]
 fn the_cache_mode_that_a_guest_chose_outlives_the_daemon() {
     const WRITEBACK: u32 = 32;
     let mut export = Export::start(&["ram:8M"]);

@@ -107,6 +107,30 @@ impl Keeper {
         self.file.write_all_at(&bytes, at).expect("written");
     }
 
+    /// Has what daemons keep there come from another run of the machine, or another machine, as after a migration. Knows their
+    /// layout: numbers of 8 bytes, of which one is a checksum and two name the run.
+    #[track_caller]
+    pub(crate) fn change_machine(&self) {
+        const FENCES: usize = 4;
+        let half: u64 = 32 << 10;
+        let start = self.shape.mmap_offset + self.shape.mmap_size - 64 - 2 * half;
+        for at in [start, start + half] {
+            let mut bytes = vec![0; 32 << 10];
+            self.file.read_exact_at(&mut bytes, at).expect("read");
+            let number = |index: usize| {
+                let bytes = bytes[8 * index..8 * index + 8].try_into();
+                u64::from_le_bytes(bytes.expect("8 bytes"))
+            };
+            assert_eq!(number(0), u64::from_le_bytes(*b"vnvmfrec"), "no record");
+            let len = 8 * (13 + 5 * usize::try_from(number(FENCES)).expect("a few"));
+            bytes[72] ^= 1;
+            bytes[24..32].fill(0);
+            let sum = u64::from(crc32c::crc32c(&bytes[..len]));
+            bytes[24..32].copy_from_slice(&sum.to_le_bytes());
+            self.file.write_all_at(&bytes, at).expect("written");
+        }
+    }
+
     #[track_caller]
     fn set_up(&mut self) {
         self.hand_over();
