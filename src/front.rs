@@ -244,13 +244,18 @@ impl Front {
                     session.resume();
                 }
                 let end = match session.serve(&interrupt) {
-                    Ok(Served::Gone) => End::Gone,
+                    Ok(Served::Gone) => {
+                        // Its rings are back before anybody hears of it.
+                        drop(session);
+                        End::Gone
+                    }
                     Ok(Served::Interrupted) => match session.pause() {
                         Ok(record) => End::Paused(session, record),
                         Err(reason) => End::Busy(session, reason.to_string()),
                     },
                     Err(error) => {
                         tracing::warn!(disk = name, %error, "session ended");
+                        drop(session);
                         End::Gone
                     }
                 };
