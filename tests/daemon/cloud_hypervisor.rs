@@ -261,7 +261,7 @@ impl Vmm {
         let stopped = VhostTransferStatePhase::STOPPED;
         let front = &mut self.guest.frontend;
         front
-            .set_device_state_fd(direction, stopped, end.into())
+            .set_device_state_fd(direction, stopped, end)
             .expect("SET_DEVICE_STATE_FD");
     }
 
