@@ -37,6 +37,7 @@ mod kills;
 mod links;
 mod local;
 mod malformed;
+mod migration;
 mod multipath;
 mod options;
 mod outages;
