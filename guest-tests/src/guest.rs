@@ -176,7 +176,7 @@ impl Guest {
         self.heard.lock().outputs.extend(outputs);
     }
 
-    /// QEMU's monitor.
+    /// QEMU's monitor; there can be one connection at a time.
     ///
     /// # Errors
     /// When it does not answer.

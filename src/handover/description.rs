@@ -18,6 +18,9 @@ pub(crate) struct Description {
     eui64: Option<[u8; 8]>,
     block_size: u32,
     block_count: u64,
+    /// Bytes of what the guest takes for a block; `None` from a process that does not tell.
+    #[serde(default)]
+    guest_block: Option<u32>,
     features: u64,
     protocol_features: u64,
     queues: u16,
@@ -41,6 +44,7 @@ impl Description {
             eui64: namespace.eui64,
             block_size: namespace.block_size,
             block_count: namespace.block_count,
+            guest_block: Some(device.options().block_size),
             features: device.features(),
             protocol_features: device.protocol_features(),
             queues: device.options().num_queues,
@@ -73,6 +77,13 @@ impl Description {
             return Err(format!(
                 "its blocks have {} bytes there and {} here",
                 self.block_size, other.block_size
+            ));
+        }
+        if let (Some(there), Some(here)) = (self.guest_block, other.guest_block)
+            && there != here
+        {
+            return Err(format!(
+                "its guest knows blocks of {there} bytes there and {here} here; give both --emulate-512, or none"
             ));
         }
         if self.block_count > other.block_count {
@@ -131,6 +142,7 @@ mod tests {
             eui64: None,
             block_size: 512,
             block_count: 1000,
+            guest_block: Some(512),
             features: 0b1100_0000,
             protocol_features: 0b11,
             queues: 4,
@@ -145,6 +157,7 @@ mod tests {
             // Another way to the same, which has grown.
             subsystem: "nqn.2026-01.org.example:b".to_owned(),
             block_count: 2000,
+            guest_block: None,
             features: old.features | 1,
             protocol_features: 0b111,
             queues: 8,
@@ -158,11 +171,12 @@ mod tests {
     fn whatever_the_guest_would_miss_is_named() {
         let old = description();
         type Change = fn(&mut Description);
-        let changes: [(Change, &str); 9] = [
+        let changes: [(Change, &str); 10] = [
             (|it| it.command = "serve".to_owned(), "'serve'"),
             (|it| it.uuid = Some(Uuid::from_u128(2)), "another namespace"),
             (|it| it.nguid = Some([1; 16]), "another namespace"),
             (|it| it.block_size = 4096, "4096"),
+            (|it| it.guest_block = Some(4096), "--emulate-512"),
             (|it| it.block_count = 999, "999"),
             (|it| it.features = 0b0100_0000, "0x80"),
             (|it| it.features |= Device::READ_ONLY, "--read-only"),

@@ -1,4 +1,4 @@
-//! cloud-hypervisor as a front-end: its features, and its messages in its order, from start to end of a guest.
+//! A front-end such as cloud-hypervisor is: its features, and its messages in its order, from start to end of a guest.
 //!
 //! It asks for 60 bytes of configuration before it accepts features, gives no channel to be told of changes on, says the
 //! driver's available index wherever a base is due, and stops rings with SET_VRING_ENABLE alone.
@@ -290,10 +290,7 @@ fn it_gets_all_the_protocol_features_that_it_asks_for_and_its_sixty_bytes() {
     assert_eq!(word(20), 512, "bytes in a block");
     assert_eq!(config[32], 1, "the cache is written back");
     assert!(word(36) > 0 && word(48) > 0, "discards and zeroes");
-    assert_eq!(
-        super::cloud_hypervisor::config(&mut vmm.guest.frontend, 0x100),
-        vmm.config
-    );
+    assert_eq!(self::config(&mut vmm.guest.frontend, 0x100), vmm.config);
     // The driver turns the cache off: one byte.
     assert!(vmm.guest.set_config(32, 0));
     vmm.post(0, kind::WRITE);

@@ -40,6 +40,7 @@ mod kills;
 mod links;
 mod local;
 mod malformed;
+mod migration;
 mod multipath;
 mod options;
 mod outages;

@@ -11,6 +11,7 @@ mod data;
 mod devices;
 mod disks;
 mod growth;
+mod handover;
 mod linux_absence;
 mod linux_discovery;
 mod linux_host;

@@ -56,6 +56,7 @@ impl Drop for HugePages {
 
 /// Plugs a module in and has the guest use it for what can be moved out again.
 fn plug(guest: &mut Guest) -> Result<()> {
+    guest.sh("echo online_movable >/sys/devices/system/memory/auto_online_blocks")?;
     let mut monitor = guest.monitor()?;
     let memory = json!({
         "qom-type": "memory-backend-memfd", "id": "module", "size": MODULE_MIB * MIB, "share": true
@@ -63,24 +64,26 @@ fn plug(guest: &mut Guest) -> Result<()> {
     monitor.execute("object-add", &memory)?;
     let module = json!({ "driver": "pc-dimm", "id": "dimm", "memdev": "module" });
     monitor.execute("device_add", &module)?;
-    guest.sh(&format!(
-        "cd /sys/devices/system/memory\n\
-         for i in $(seq 100); do\n\
-             for b in memory*; do [ $(cat $b/state) = offline ] && echo online_movable >$b/state; done\n\
-             m=$(awk '$1 == \"Node\" {{ in_zone = $4 == \"Movable\" }} in_zone && $1 == \"present\" {{ n += $2 }} END {{ print n * 4096 }}' /proc/zoneinfo)\n\
-             [ \"$m\" = {} ] && exit 0; sleep 0.1\n\
-         done; echo $m bytes are there >&2; false",
-        MODULE_MIB * MIB
-    ))
-    .context("using the module")?;
+    let present = movable("present", "$2");
+    guest
+        .sh(&format!(
+            "for i in $(seq 100); do [ $({present}) = {} ] && exit 0; sleep 0.1; done; false",
+            MODULE_MIB * MIB
+        ))
+        .context("the guest does not use the module")?;
     Ok(())
+}
+
+/// A command that prints a number of the zone that the module makes up, in bytes.
+fn movable(line: &str, field: &str) -> String {
+    format!(
+        "awk '$1 == \"Node\" {{ here = $4 == \"Movable\" }} here && /^ *{line} / {{ n += {field} }} END {{ print n * 4096 }}' /proc/zoneinfo"
+    )
 }
 
 /// Bytes of the module that the guest uses, now.
 fn used(guest: &mut Guest) -> Result<u64> {
-    let free = guest.sh(
-        "awk '$1 == \"Node\" { in_zone = $4 == \"Movable\" } in_zone && $1 == \"pages\" && $2 == \"free\" { n += $3 } END { print n * 4096 }' /proc/zoneinfo",
-    )?;
+    let free = guest.sh(&movable("pages free", "$3"))?;
     let free: u64 = free.parse().with_context(|| free.clone())?;
     Ok(MODULE_MIB * MIB - free)
 }

@@ -1,7 +1,7 @@
 //! A guest moves between two machines while it works on its disk: live, back again, and through a file. Both machines' daemons are attached
 //! to its namespace all the while.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -15,8 +15,9 @@ use crate::load::Load;
 use crate::{MIB, seed};
 
 const SIZE_MIB: u64 = 128;
+const MEMORY_MIB: u32 = 320;
 /// One after another, there and back.
-const MOVES: u64 = 4;
+const MOVES: u64 = 3;
 /// A migration copies half a gigabyte between two machines that are emulated, and then what was written to meanwhile.
 const LIMIT: Duration = Duration::from_secs(180);
 /// The load has all of this for all moves.
@@ -38,7 +39,7 @@ impl Places {
                 socket: disk.socket.clone(),
                 queues: 2,
             }],
-            memory_mib: 384,
+            memory_mib: MEMORY_MIB,
             migratable: true,
             ..GuestOptions::default()
         }
@@ -78,6 +79,35 @@ impl Places {
         Ok(migrated)
     }
 
+    /// The same, but the guest goes on only after its memory here and there was compared.
+    fn go_compared(&mut self, directory: &Path) -> Result<Migrated> {
+        let uri = format!("unix:{}", directory.join("migration.sock").display());
+        let mut options = Self::options(&self.daemons[1 - self.here]);
+        options.arguments.push("-S".to_owned());
+        let there = Guest::incoming(&options, &uri)?;
+        let migrated = self.guest.monitor()?.migrate(&uri, LIMIT)?;
+        let mut monitor = there.monitor()?;
+        monitor.await_migrated(LIMIT)?;
+        let files = [
+            directory.join("here.memory"),
+            directory.join("there.memory"),
+        ];
+        let size = u64::from(MEMORY_MIB) * MIB;
+        self.guest.monitor()?.save_memory(size, &files[0])?;
+        monitor.save_memory(size, &files[1])?;
+        let pages = differing_pages(&files)?;
+        ensure!(
+            pages.is_empty(),
+            "{} pages are not what they were, the first at {:#x}",
+            pages.len(),
+            pages[0]
+        );
+        monitor.cont()?;
+        drop(monitor);
+        self.arrived(there)?;
+        Ok(migrated)
+    }
+
     /// Returns the time from the guest's last step to its next one.
     fn go_through_a_file(&mut self, directory: &Path) -> Result<Duration> {
         let file = directory.join("guest.state");
@@ -91,9 +121,24 @@ impl Places {
         let mut monitor = there.monitor()?;
         monitor.await_migrated(LIMIT)?;
         monitor.cont()?;
+        drop(monitor);
         self.arrived(there)?;
         Ok(stopped.elapsed())
     }
+}
+
+/// Addresses of pages that the files have different, which are removed.
+fn differing_pages(files: &[PathBuf; 2]) -> Result<Vec<usize>> {
+    const PAGE: usize = 4096;
+    let mut memories = Vec::new();
+    for file in files {
+        memories.push(std::fs::read(file)?);
+        std::fs::remove_file(file)?;
+    }
+    ensure!(memories[0].len() == memories[1].len() && !memories[0].is_empty());
+    let pages = memories[0].chunks(PAGE).zip(memories[1].chunks(PAGE));
+    let differ = pages.enumerate().filter(|(_, (here, there))| here != there);
+    Ok(differ.map(|(page, _)| page * PAGE).collect())
 }
 
 #[test]
@@ -106,7 +151,7 @@ fn a_guest_moves_between_machines_and_does_not_notice() {
     let mut places = Places::start(directory.path(), &export.uris[0]).unwrap();
 
     let load = Load::start(&mut places.guest, "vda", seed(0), LOAD_LIMIT).unwrap();
-    sleep(Duration::from_secs(2));
+    sleep(Duration::from_secs(5));
     checks.check("it is moved live, there and back", || {
         let mut longest = Duration::ZERO;
         let moves = MOVES * rounds();
@@ -119,6 +164,14 @@ fn a_guest_moves_between_machines_and_does_not_notice() {
         Ok(format!(
             "{moves} times, it stood still for {longest:.1?} at most"
         ))
+    });
+    checks.check("its memory is the same there as here", || {
+        let moves = 2 * rounds();
+        for _ in 0..moves {
+            places.go_compared(directory.path())?;
+            sleep(Duration::from_secs(2));
+        }
+        Ok(format!("all {MEMORY_MIB} MiB, {moves} times"))
     });
     checks.check("its machine is stopped and goes on", || {
         let mut monitor = places.guest.monitor()?;

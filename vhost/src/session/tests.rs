@@ -24,6 +24,7 @@ use crate::{BlkStatus, Operation, Request, Token};
 
 mod configuration;
 mod device_state;
+mod handover;
 mod inflight;
 mod memory;
 mod messages;
