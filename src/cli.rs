@@ -19,6 +19,7 @@ use nvmf::spec::ana::AnaState;
 use tracing::level_filters::LevelFilter;
 use uuid::Uuid;
 
+use self::local_end::LocalArgs;
 use crate::bridge::path_choice::IoPolicy;
 use crate::config::ids::parse_uuid;
 use crate::config::uri::parse_selector;
@@ -29,6 +30,7 @@ use program::{SocketArgs, WorkerArgs};
 use rates::RateArgs;
 
 mod disks;
+mod local_end;
 mod program;
 mod rates;
 
@@ -180,6 +182,8 @@ pub(crate) struct AttachArgs {
     /// Host identifier to connect with [default: /etc/nvme/hostid, else from /etc/machine-id]
     #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
     pub(crate) hostid: Option<Uuid>,
+    #[command(flatten)]
+    pub(crate) local: LocalArgs,
     /// I/O queue pairs to the controller [default: as many as CPUs]
     #[arg(long, value_name = "N", value_parser = value_parser!(u16).range(limits::NR_IO_QUEUES))]
     pub(crate) nr_io_queues: Option<u16>,
@@ -403,6 +407,8 @@ pub(crate) struct ShowArgs {
     /// Host identifier to connect with [default: as attach]
     #[arg(long, value_name = "UUID", value_parser = parse_uuid)]
     pub(crate) hostid: Option<Uuid>,
+    #[command(flatten)]
+    pub(crate) local: LocalArgs,
     /// Text for people, or JSON
     #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
     pub(crate) output_format: OutputFormat,

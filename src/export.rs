@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nvmf::controller::{
     BindError, LaneHost, Limits, NamespaceError, Port, Subsystem, Target, TargetError,
 };
-use nvmf::host::{NamespaceSelector, TargetAddress};
+use nvmf::host::{LocalEnd, NamespaceSelector, TargetAddress};
 use nvmf::transport::{Lane, Registry};
 
 use crate::config::{ExportConfig, Machine, Uri, host_of_listener};
@@ -90,6 +90,7 @@ impl Export {
                             host: host_of_listener(address, machine.hostname()),
                             port: address.port(),
                             subnqn: subsystem.nqn().clone(),
+                            local: LocalEnd::default(),
                         },
                         selector: NamespaceSelector::Nsid(namespace.nsid()),
                     };

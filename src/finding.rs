@@ -62,6 +62,7 @@ pub(crate) async fn find(
 ) -> Result<Vec<TargetAddress>, FindError> {
     // What is asked of the disk's controllers is not asked of this one.
     let plain = HostOptions {
+        local: options.local.clone(),
         connect_timeout: options.connect_timeout,
         ..HostOptions::new(options.hostnqn.clone(), options.hostid)
     };
@@ -154,6 +155,7 @@ fn list<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
 mod tests {
     use std::net::SocketAddr;
 
+    use nvmf::host::LocalEnd;
     use nvmf::host::discovery::{Discovered, DiscoveryLog};
     use uuid::Uuid;
 
@@ -183,6 +185,7 @@ mod tests {
                     host: host.to_owned(),
                     port: 4420,
                     subnqn,
+                    local: LocalEnd::default(),
                 })
                 .map_err(str::to_owned),
         }

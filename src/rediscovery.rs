@@ -49,6 +49,7 @@ impl Rediscovery {
             search,
             options: HostOptions {
                 keep_alive_tmo: KEEP_ALIVE,
+                local: host.local.clone(),
                 connect_timeout: host.connect_timeout,
                 ..HostOptions::new(host.hostnqn.clone(), host.hostid)
             },
@@ -142,6 +143,7 @@ impl Rediscovery {
 
 #[cfg(test)]
 mod tests {
+    use nvmf::host::LocalEnd;
     use nvmf::spec::Nqn;
     use uuid::Uuid;
 
@@ -153,6 +155,7 @@ mod tests {
             host: format!("192.0.2.{host}"),
             port: 4420,
             subnqn: Nqn::new("nqn.2026-01.org.example:disk1").unwrap(),
+            local: LocalEnd::default(),
         }
     }
 

@@ -5,12 +5,12 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use nvmf::host::{
-    ControllerInfo, DeallocateLimits, EventSupport, Liveness, NamespaceInfo, OptimalIo,
+    ControllerInfo, DeallocateLimits, EventSupport, Liveness, LocalEnd, NamespaceInfo, OptimalIo,
     TargetAddress,
 };
 use nvmf::spec::identify::oncs;
@@ -80,6 +80,10 @@ struct Record {
 struct Way {
     host: String,
     port: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    host_traddr: Option<IpAddr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    host_iface: Option<String>,
 }
 
 impl Remembered {
@@ -193,9 +197,11 @@ impl Record {
             ways,
         } = remembered;
         let subnqn = ways.first().map(|way| way.subnqn.to_string());
-        let way = |TargetAddress { host, port, .. }: &TargetAddress| Way {
-            host: host.clone(),
-            port: *port,
+        let way = |way: &TargetAddress| Way {
+            host: way.host.clone(),
+            port: way.port,
+            host_traddr: way.local.address,
+            host_iface: way.local.interface.clone(),
         };
         Self {
             version: VERSION,
@@ -245,14 +251,15 @@ impl Record {
         }
         let nguid = hex(self.nguid, |text| u128::from_str_radix(text, 16))?;
         let eui64 = hex(self.eui64, |text| u64::from_str_radix(text, 16))?;
-        let ways = self
-            .ways
-            .into_iter()
-            .map(|Way { host, port }| TargetAddress {
-                host,
-                port,
-                subnqn: subnqn.clone(),
-            });
+        let ways = self.ways.into_iter().map(|way| TargetAddress {
+            host: way.host,
+            port: way.port,
+            subnqn: subnqn.clone(),
+            local: LocalEnd {
+                address: way.host_traddr,
+                interface: way.host_iface,
+            },
+        });
         Ok(Remembered {
             ways: ways.collect(),
             io_queues: self.io_queues,
@@ -336,6 +343,7 @@ mod tests {
             host: host.to_owned(),
             port: 4420,
             subnqn: Nqn::new("nqn.2026-01.org.example:disk1").unwrap(),
+            local: LocalEnd::default(),
         };
         Remembered {
             namespace: NamespaceInfo {
@@ -355,7 +363,16 @@ mod tests {
                 },
             },
             io_queues: 4,
-            ways: vec![way("192.0.2.1"), way("fd00::1")],
+            ways: vec![
+                way("192.0.2.1"),
+                TargetAddress {
+                    local: LocalEnd {
+                        address: Some("fd00::2".parse().unwrap()),
+                        interface: Some("eth1".to_owned()),
+                    },
+                    ..way("fd00::1")
+                },
+            ],
         }
     }
 

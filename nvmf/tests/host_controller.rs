@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 use memdesc::{MemSink, MemSource};
 use nvmf::backend::RamBackend;
 use nvmf::controller::{LaneHost, Limits, Port, Subsystem, Target};
-use nvmf::host::{Association, HostError, HostOptions, Loss, NamespaceSelector, TargetAddress};
+use nvmf::host::{
+    Association, HostError, HostOptions, LocalEnd, Loss, NamespaceSelector, TargetAddress,
+};
 use nvmf::spec::{Nqn, Sqe, Status};
 use nvmf::transport::drive::Driven;
 use nvmf::transport::watch::Watch;
@@ -187,6 +189,7 @@ async fn connect_as(
         host: at.ip().to_string(),
         port: at.port(),
         subnqn: Nqn::new(subnqn).unwrap(),
+        local: LocalEnd::default(),
     };
     Association::connect(registry, &target, options).await
 }

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use nvmf::host::{Association, HostError, HostOptions, TargetAddress};
+use nvmf::host::{Association, HostError, HostOptions, LocalEnd, TargetAddress};
 use nvmf::spec::Nqn;
 use nvmf::transport::Registry;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -18,6 +18,7 @@ async fn connect(host: &str, port: u16) -> HostError {
         host: host.to_owned(),
         port,
         subnqn: Nqn::new("nqn.2026-01.org.example:disk1").unwrap(),
+        local: LocalEnd::default(),
     };
     let hostnqn = Nqn::new("nqn.2026-01.org.example:host1").unwrap();
     let mut options = HostOptions::new(hostnqn, Uuid::from_u128(1));

@@ -13,7 +13,7 @@ use memdesc::{MemSink, MemSource, Segment};
 use nvmf::spec::{Cqe, Sqe, Status, trtype};
 use nvmf::tcp::negotiate;
 use nvmf::transport::registry::Lease;
-use nvmf::transport::tcp::{Connection, Digests, accept, connect};
+use nvmf::transport::tcp::{Connection, Digests, LocalEnd, accept, connect};
 use nvmf::transport::{
     CommandTag, ControllerEvent, ControllerQueuePair, Ending, Fes, HostQueuePair, QueuePair,
     QueueParams, Ready, Registry, Transfer,
@@ -48,7 +48,8 @@ fn connections(digests: Digests) -> (Connection, Connection) {
         let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (host, controller) = tokio::join!(connect(address, digests, deadline), async {
+        let local = LocalEnd::default();
+        let (host, controller) = tokio::join!(connect(&local, address, digests, deadline), async {
             accept(listener.accept().await.unwrap().0, deadline).await
         });
         (host.unwrap(), controller.unwrap())

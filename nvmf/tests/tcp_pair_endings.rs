@@ -9,7 +9,7 @@ use memdesc::{MemSink, MemSource};
 use nvmf::spec::{Cqe, Sqe, Status, trtype};
 use nvmf::tcp::negotiate::{self, Offer};
 use nvmf::transport::registry::Lease;
-use nvmf::transport::tcp::{Connection, accept, connect};
+use nvmf::transport::tcp::{Connection, LocalEnd, accept, connect};
 use nvmf::transport::{
     Command, CommandId, Completion, ControllerEvent, ControllerQueuePair, Ending, Fes,
     HostQueuePair, QueuePair, QueueParams, Ready, Registry, Transfer,
@@ -519,9 +519,11 @@ async fn both_ends_notice_a_peer_that_is_gone() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let deadline = tokio::time::Instant::now() + PATIENCE;
-    let (host, controller) = tokio::join!(connect(address, Default::default(), deadline), async {
-        accept(listener.accept().await.unwrap().0, deadline).await
-    });
+    let local = LocalEnd::default();
+    let (host, controller) = tokio::join!(
+        connect(&local, address, Default::default(), deadline),
+        async { accept(listener.accept().await.unwrap().0, deadline).await }
+    );
     let host = host.unwrap();
     for connection in [&host, &controller.unwrap()] {
         let socket = SockRef::from(&connection.stream);

@@ -16,7 +16,7 @@ use std::io::{self, Read as _};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
-use nvmf::host::TargetAddress;
+use nvmf::host::{LocalEnd, TargetAddress};
 use nvmf::spec::Nqn;
 use nvmf::spec::discovery::{DISCOVERY_PORT, IO_PORT};
 use uuid::Uuid;
@@ -25,7 +25,7 @@ use self::fault::Fault;
 pub(crate) use self::fault::FileError;
 use self::file::{ConfFile, Endpoint, Host, Params, PathLine, Role, Setting};
 use self::keys::Value;
-use super::uri::parse_host;
+use super::uri::{HOST_IFACE, HOST_TRADDR, parse_host, parse_interface};
 use crate::limits;
 
 /// Bytes of one file, at most.
@@ -53,7 +53,7 @@ pub(crate) struct Connection {
     /// The endpoint.
     subnqn: Nqn,
     /// Where it is, at least one: host and port.
-    paths: Vec<(String, Option<u16>)>,
+    paths: Vec<(String, Option<u16>, LocalEnd)>,
     /// What is not as it is built in.
     pub(crate) settings: Settings,
 }
@@ -79,10 +79,11 @@ impl Connection {
             true => DISCOVERY_PORT,
             false => IO_PORT,
         };
-        let target = |(host, port): &(String, Option<u16>)| TargetAddress {
+        let target = |(host, port, local): &(String, Option<u16>, LocalEnd)| TargetAddress {
             host: host.clone(),
             port: port.unwrap_or(usual),
             subnqn: self.subnqn.clone(),
+            local: local.clone(),
         };
         self.paths.iter().map(target).collect()
     }
@@ -318,17 +319,8 @@ fn number(
     }
 }
 
-/// Host and port of a path.
-fn address(path: &PathLine) -> Result<(String, Option<u16>), Fault> {
-    for key in ["host-traddr", "host-iface"] {
-        if let Some(value) = path.addresses.get(key) {
-            return Err(Fault::NotSupported {
-                key,
-                value: value.clone(),
-                reason: "the system chooses where a connection begins",
-            });
-        }
-    }
+/// Where a path leads to, and where it begins.
+fn address(path: &PathLine) -> Result<(String, Option<u16>, LocalEnd), Fault> {
     let traddr = path.addresses.get("traddr").map_or("", String::as_str);
     let host = parse_host(traddr).ok_or_else(|| Fault::Host(traddr.to_owned()))?;
     let port = match path.addresses.get("trsvcid") {
@@ -338,7 +330,17 @@ fn address(path: &PathLine) -> Result<(String, Option<u16>), Fault> {
             _ => return Err(Fault::Port(text.clone())),
         },
     };
-    Ok((host, port))
+    let address = match path.addresses.get(HOST_TRADDR) {
+        None => None,
+        Some(text) => Some(text.parse().map_err(|_| Fault::HostTraddr(text.clone()))?),
+    };
+    let interface = path.addresses.get(HOST_IFACE);
+    let interface = interface.map(|name| parse_interface(name)).transpose();
+    let local = LocalEnd {
+        address,
+        interface: interface.map_err(Fault::HostIface)?,
+    };
+    Ok((host, port, local))
 }
 
 /// Each file has a host of its own, or that of the main file.

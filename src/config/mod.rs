@@ -225,6 +225,7 @@ fn host_options(args: &AttachArgs, identity: &HostIdentity) -> HostOptions {
         keep_alive_tmo: Duration::from_secs(args.keep_alive_tmo.into()),
         hdr_digest: args.hdr_digest,
         data_digest: args.data_digest,
+        local: args.local.end(),
         connect_timeout: Duration::from_secs(args.connect_timeout.into()),
         ..HostOptions::new(nqn, id)
     }

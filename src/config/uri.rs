@@ -1,10 +1,11 @@
-//! URI of a remote namespace: `nvme+tcp://HOST[:PORT]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]`.
+//! URI of a remote namespace: `nvme+tcp://HOST[:PORT]/SUBNQN[?nsid=N | ?uuid=U | ?nguid=G]`, and
+//! where connections begin: `&host-traddr=ADDRESS&host-iface=NAME`.
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
-use nvmf::host::{NamespaceSelector, TargetAddress};
+use nvmf::host::{LocalEnd, NamespaceSelector, TargetAddress};
 use nvmf::spec::discovery::{DISCOVERY_PORT, IO_PORT};
 use nvmf::spec::nqn::{DISCOVERY_NQN, NqnError};
 use nvmf::spec::{NSID_ALL, Nqn};
@@ -14,6 +15,10 @@ use super::ids::{IdError, parse_nguid, parse_uuid};
 const SCHEME: &str = "nvme+tcp";
 /// Of what is found by asking a discovery controller.
 pub(super) const DISCOVERY_SCHEME: &str = "nvme+tcp-discovery";
+
+/// Keys of where a path begins.
+pub(super) const HOST_TRADDR: &str = "host-traddr";
+pub(super) const HOST_IFACE: &str = "host-iface";
 
 /// A remote namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +48,7 @@ impl DiscoveryUri {
             host: self.host.clone(),
             port,
             subnqn: Nqn::discovery(),
+            local: LocalEnd::default(),
         };
         ports.into_iter().map(target).collect()
     }
@@ -108,6 +114,15 @@ pub(crate) enum UriError {
     /// A key that does not exist.
     #[error("'{0}' does not select a namespace; write ?nsid=N, ?uuid=U or ?nguid=G")]
     Key(String),
+    /// Bad address of this machine.
+    #[error("{HOST_TRADDR}={0}: write an IPv4 or IPv6 address of this machine")]
+    HostTraddr(String),
+    /// Bad interface of this machine.
+    #[error("{HOST_IFACE}: {0}")]
+    HostIface(String),
+    /// A path begins in one place.
+    #[error("{0}= is there twice; keep one")]
+    Twice(&'static str),
     /// Two selectors.
     #[error("one namespace is selected once; keep one of nsid=, uuid= and nguid=")]
     TwoSelectors,
@@ -251,9 +266,20 @@ impl FromStr for Uri {
         let (host, port) = parse_authority(authority)?;
         let port = port.unwrap_or(IO_PORT);
         let subnqn = parse_subsystem(path)?;
+        let (local, selectors) =
+            query.map_or(Ok((LocalEnd::default(), Vec::new())), parse_local)?;
+        let selector = match selectors.is_empty() {
+            true => NamespaceSelector::Only,
+            false => parse_selector(&selectors.join("&"))?,
+        };
         Ok(Self {
-            target: TargetAddress { host, port, subnqn },
-            selector: query.map_or(Ok(NamespaceSelector::Only), parse_selector)?,
+            target: TargetAddress {
+                host,
+                port,
+                subnqn,
+                local,
+            },
+            selector,
         })
     }
 }
@@ -268,6 +294,46 @@ fn parse_subsystem(path: &str) -> Result<Nqn, UriError> {
         return Err(UriError::Discovery);
     }
     Ok(nqn)
+}
+
+/// Takes where a path begins out of a query.
+fn parse_local(query: &str) -> Result<(LocalEnd, Vec<&str>), UriError> {
+    let mut local = LocalEnd::default();
+    let mut others = Vec::new();
+    for pair in query.split('&') {
+        match pair.split_once('=') {
+            Some((HOST_TRADDR, value)) => {
+                let value = decode(value)?;
+                let address = value.parse().map_err(|_| UriError::HostTraddr(value))?;
+                if local.address.replace(address).is_some() {
+                    return Err(UriError::Twice(HOST_TRADDR));
+                }
+            }
+            Some((HOST_IFACE, value)) => {
+                let interface = parse_interface(&decode(value)?).map_err(UriError::HostIface)?;
+                if local.interface.replace(interface).is_some() {
+                    return Err(UriError::Twice(HOST_IFACE));
+                }
+            }
+            _ => others.push(pair),
+        }
+    }
+    Ok((local, others))
+}
+
+/// The name of a network interface, as Linux allows it.
+///
+/// # Errors
+/// One line that says what to write.
+pub(crate) fn parse_interface(name: &str) -> Result<String, String> {
+    let allowed = |b: u8| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'&' | b'%');
+    if (1..=15).contains(&name.len()) && name.bytes().all(allowed) {
+        Ok(name.to_owned())
+    } else {
+        Err(format!(
+            "'{name}' is not the name of a network interface; write one that 'ip link' shows"
+        ))
+    }
 }
 
 pub(crate) fn parse_selector(query: &str) -> Result<NamespaceSelector, UriError> {
@@ -321,7 +387,12 @@ pub(super) fn decode(text: &str) -> Result<String, UriError> {
 impl fmt::Display for Uri {
     /// A URI that [`Uri::from_str`] reads back as the same.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let TargetAddress { host, port, subnqn } = &self.target;
+        let TargetAddress {
+            host,
+            port,
+            subnqn,
+            local,
+        } = &self.target;
         match host.contains(':') {
             true => write!(f, "{SCHEME}://[{host}]:{port}/")?,
             false => write!(f, "{SCHEME}://{host}:{port}/")?,
@@ -332,10 +403,20 @@ impl fmt::Display for Uri {
                 other => write!(f, "{other}")?,
             }
         }
-        match &self.selector {
-            NamespaceSelector::Only => Ok(()),
-            selector => write!(f, "?{selector}"),
+        let selector = match &self.selector {
+            NamespaceSelector::Only => None,
+            selector => Some(selector.to_string()),
+        };
+        let address = (local.address).map(|address| format!("{HOST_TRADDR}={address}"));
+        let interface = (local.interface.as_ref()).map(|name| format!("{HOST_IFACE}={name}"));
+        for (pair, mark) in [selector, address, interface]
+            .into_iter()
+            .flatten()
+            .zip(std::iter::once('?').chain(std::iter::repeat('&')))
+        {
+            write!(f, "{mark}{pair}")?;
         }
+        Ok(())
     }
 }
 
@@ -365,6 +446,34 @@ mod tests {
             (uri.target.host.as_str(), uri.target.port),
             ("10.0.0.1", 4421)
         );
+    }
+
+    #[test]
+    fn a_path_may_say_where_it_begins() {
+        let text =
+            format!("nvme+tcp://storage:4420/{NQN}?nsid=2&host-traddr=fd00::5&host-iface=eth1.100");
+        let uri: Uri = text.parse().unwrap();
+        assert_eq!(uri.selector, NamespaceSelector::Nsid(2));
+        assert_eq!(uri.target.local.address, Some("fd00::5".parse().unwrap()));
+        assert_eq!(uri.target.local.interface.as_deref(), Some("eth1.100"));
+        assert_eq!(uri.to_string(), text);
+        let uri = parse(&format!("storage/{NQN}?host-iface=eth0")).unwrap();
+        assert_eq!(uri.selector, NamespaceSelector::Only);
+        assert_eq!(uri.to_string().parse::<Uri>().unwrap(), uri);
+        for (query, named) in [
+            ("host-traddr=eth0", "host-traddr=eth0"),
+            (
+                "host-traddr=::1&host-traddr=::1",
+                "host-traddr= is there twice",
+            ),
+            ("host-iface=", "host-iface: ''"),
+            ("host-iface=a%2Fb", "'a/b'"),
+            ("host-iface=sixteen-bytes-xx", "sixteen-bytes-xx"),
+            ("host=x", "'host'"),
+        ] {
+            let error = parse(&format!("storage/{NQN}?{query}")).unwrap_err();
+            assert!(error.to_string().contains(named), "{error}");
+        }
     }
 
     #[test]

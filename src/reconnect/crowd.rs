@@ -39,6 +39,7 @@ impl Crowd {
 
 #[cfg(test)]
 mod tests {
+    use nvmf::host::LocalEnd;
     use nvmf::spec::Nqn;
     use tokio::time::{Duration, timeout};
 
@@ -49,6 +50,7 @@ mod tests {
             host: host.to_owned(),
             port,
             subnqn: Nqn::new("nqn.2026-01.org.example:disk1").unwrap(),
+            local: LocalEnd::default(),
         }
     }
 

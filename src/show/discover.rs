@@ -32,7 +32,10 @@ pub(super) async fn discover(
             hostid = connection.hostid;
         }
         let HostIdentity { nqn, id } = HostIdentity::resolve(hostnqn, hostid, machine);
-        HostOptions::new(nqn, id)
+        HostOptions {
+            local: show.local.end(),
+            ..HostOptions::new(nqn, id)
+        }
     };
     if let Some(uri) = &args.uri {
         let found = ask(registry, &uri.targets(), &host(None), args).await;

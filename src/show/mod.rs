@@ -90,5 +90,9 @@ pub(crate) fn show(
 
 fn resolve(args: ShowArgs, machine: &Machine) -> (HostOptions, OutputFormat) {
     let HostIdentity { nqn, id } = HostIdentity::resolve(args.hostnqn, args.hostid, machine);
-    (HostOptions::new(nqn, id), args.output_format)
+    let options = HostOptions {
+        local: args.local.end(),
+        ..HostOptions::new(nqn, id)
+    };
+    (options, args.output_format)
 }

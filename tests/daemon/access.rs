@@ -1,6 +1,6 @@
 //! What `export --ana-state` tells hosts, and what it does to their requests.
 
-use nvmf::host::{AnaState, Association, HostOptions, TargetAddress};
+use nvmf::host::{AnaState, Association, HostOptions, LocalEnd, TargetAddress};
 use nvmf::spec::Nqn;
 use nvmf::transport::Registry;
 
@@ -18,6 +18,7 @@ async fn connect(export: &Export) -> Association {
         host: host.to_owned(),
         port: port.parse().expect("a port"),
         subnqn: Nqn::new(subnqn).expect("an NQN"),
+        local: LocalEnd::default(),
     };
     let hostid = "6ba7b810-9dad-41d1-80b4-00c04fd430c8".parse();
     let options = HostOptions::new(Nqn::new(HOSTNQN).expect("an NQN"), hostid.expect("a UUID"));

@@ -39,6 +39,7 @@ mod inflight;
 mod kills;
 mod links;
 mod local;
+mod local_end;
 mod malformed;
 mod migration;
 mod multipath;

@@ -331,7 +331,10 @@ fn a_snapshot_is_restored_by_another_daemon_on_the_same_namespace_and_on_no_othe
     let (mut frontend, _) = negotiate(&other.socket);
     assert!(!load(&frontend, &state));
     assert_eq!(writeback(&mut frontend), 1);
-    let refused = other.process.logged("the device's state is refused");
+    // The VMM has its answer first.
+    let refused = "the device's state is refused";
+    other.process.await_log(|line| line.contains(refused));
+    let refused = other.process.logged(refused);
     let reason = refused[0]["reason"].as_str().unwrap_or_default();
     assert!(reason.contains("another namespace"), "{reason}");
 }

@@ -6,6 +6,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::error::HostError;
 use crate::spec::Nqn;
+use crate::transport::tcp::LocalEnd;
 
 /// Addresses tried for one name, at most.
 const ADDRESSES_MAX: usize = 8;
@@ -19,15 +20,23 @@ pub struct TargetAddress {
     pub port: u16,
     /// The subsystem.
     pub subnqn: Nqn,
+    /// Where connections to it begin.
+    pub local: LocalEnd,
 }
 
 impl std::fmt::Display for TargetAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { host, port, subnqn } = self;
+        let Self {
+            host, port, subnqn, ..
+        } = self;
         if host.contains(':') {
-            write!(f, "nvme+tcp://[{host}]:{port}/{subnqn}")
+            write!(f, "nvme+tcp://[{host}]:{port}/{subnqn}")?;
         } else {
-            write!(f, "nvme+tcp://{host}:{port}/{subnqn}")
+            write!(f, "nvme+tcp://{host}:{port}/{subnqn}")?;
+        }
+        match self.local == LocalEnd::default() {
+            true => Ok(()),
+            false => write!(f, " {}", self.local),
         }
     }
 }
@@ -87,6 +96,7 @@ mod tests {
             host: host.to_owned(),
             port: 4420,
             subnqn: Nqn::new("nqn.2026-01.org.example:disk1").unwrap(),
+            local: LocalEnd::default(),
         }
     }
 

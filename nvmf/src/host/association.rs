@@ -26,6 +26,7 @@ use crate::spec::property::Cc;
 use crate::spec::{Nqn, Sqe, Status, feature};
 use crate::transport::drive::Driven;
 use crate::transport::loopback::Connector;
+use crate::transport::tcp::LocalEnd;
 use crate::transport::{HostQueuePair, Registry, Transfer};
 
 /// In-capsule data that every admin queue takes over NVMe/TCP.
@@ -74,8 +75,13 @@ impl Association {
         let kato = options.check()?;
         let begun = Instant::now();
         let addresses = target.resolve(begun + options.connect_timeout).await?;
-        let dial = Tcp::new(registry, options);
-        Self::connect_any(&dial, &addresses, target, options, kato, begun).await
+        // Its I/O queues begin where its admin queue does.
+        let options = HostOptions {
+            local: target.local.or(&options.local),
+            ..options.clone()
+        };
+        let dial = Tcp::new(registry, &options);
+        Self::connect_any(&dial, &addresses, target, &options, kato, begun).await
     }
 
     /// As [`Self::connect`], to a controller in this process. Its address is shown as 0.0.0.0:0.
@@ -94,6 +100,7 @@ impl Association {
             host: "this process".to_owned(),
             port: LOCAL.port(),
             subnqn: subnqn.clone(),
+            local: LocalEnd::default(),
         };
         let dial = Local {
             registry,

@@ -11,7 +11,7 @@ use super::options::HostOptions;
 use crate::spec::trtype;
 use crate::transport::loopback::Connector;
 use crate::transport::registry::Lease;
-use crate::transport::tcp::{self, ConnectError, Digests};
+use crate::transport::tcp::{self, ConnectError, Digests, LocalEnd};
 use crate::transport::{HostQueuePair, QueueParams, Registry};
 
 /// A queue pair to be opened, before Connect.
@@ -38,6 +38,7 @@ pub(super) trait Dial: Sync {
 /// TCP, through whichever transport of the registry takes the connection.
 pub(super) struct Tcp<'a> {
     registry: &'a Registry,
+    local: LocalEnd,
     digests: Digests,
     /// KATO; zero when there is none.
     keep_alive_tmo: Duration,
@@ -52,6 +53,7 @@ impl<'a> Tcp<'a> {
         };
         Self {
             registry,
+            local: options.local.clone(),
             digests,
             keep_alive_tmo: options.keep_alive_tmo,
         }
@@ -66,7 +68,7 @@ impl Dial for Tcp<'_> {
         deadline: Instant,
     ) -> Result<Box<dyn HostQueuePair>, HostError> {
         let started = Instant::now();
-        let connection = tcp::connect(at, self.digests, deadline)
+        let connection = tcp::connect(&self.local, at, self.digests, deadline)
             .await
             .map_err(|error| handshake_failed(at, error, deadline - started))?;
         if !self.keep_alive_tmo.is_zero() {

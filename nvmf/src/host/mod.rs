@@ -31,6 +31,7 @@ mod survey;
 mod tests;
 
 pub use crate::spec::ana::AnaState;
+pub use crate::transport::tcp::LocalEnd;
 pub use address::TargetAddress;
 pub use ana::{AnaInfo, AnaLog};
 pub use association::Association;

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::error::HostError;
 use crate::spec::Nqn;
+use crate::transport::tcp::LocalEnd;
 
 /// Who we are and what we ask of a controller.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub struct HostOptions {
     pub hdr_digest: bool,
     /// Ask for data digests (CRC32C). A controller may decline.
     pub data_digest: bool,
+    /// Where connections begin, as far as a [`TargetAddress`](super::TargetAddress) does not say it itself.
+    pub local: LocalEnd,
     /// How long it may take from the first address to the end of identifying the controller, without the time that it states to
     /// need for getting ready; then to find a namespace, and then to connect the first I/O queues; and each command later.
     pub connect_timeout: Duration,
@@ -42,6 +45,7 @@ impl HostOptions {
             keep_alive_tmo: Duration::from_secs(5),
             hdr_digest: false,
             data_digest: false,
+            local: LocalEnd::default(),
             connect_timeout: Duration::from_secs(5),
         }
     }

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use nvmf::host::{Association, HostOptions, TargetAddress};
+use nvmf::host::{Association, HostOptions, LocalEnd, TargetAddress};
 use nvmf::spec::{Nqn, Sqe, Status};
 use nvmf::transport::Registry;
 use nvmf::transport::drive::Driven;
@@ -102,6 +102,7 @@ async fn converse(at: SocketAddr, hdr_digest: bool, data_digest: bool) {
         host: at.ip().to_string(),
         port: at.port(),
         subnqn: Nqn::new(SUBNQN).unwrap(),
+        local: LocalEnd::default(),
     };
     let mut options = HostOptions::new(Nqn::new(HOSTNQN).unwrap(), Uuid::from_u128(5));
     options.keep_alive_tmo = std::time::Duration::ZERO;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nvmf::controller::{Limits, Port, Subsystem, Target};
 use nvmf::host::discovery::{Discovered, DiscoveredKind, DiscoveryLog, DiscoveryWatch, discover};
-use nvmf::host::{HostOptions, TargetAddress};
+use nvmf::host::{HostOptions, LocalEnd, TargetAddress};
 use nvmf::spec::discovery::{DiscoveryHeader, DiscoveryRecord, RECORD_LEN, eflags, subtype, treq};
 use nvmf::spec::event::{AsyncEvent, config, notice};
 use nvmf::spec::fabrics::{Connect, ConnectData, connect_offset, invalid_parameter};
@@ -60,6 +60,7 @@ async fn ask(rig: &Rig, hostnqn: &str) -> DiscoveryLog {
         host: rig.address.ip().to_string(),
         port: rig.address.port(),
         subnqn: Nqn::discovery(),
+        local: LocalEnd::default(),
     };
     let registry = Registry::with_defaults();
     discover(&registry, &[target], &options).await.unwrap()
@@ -370,6 +371,7 @@ async fn our_watch_of_a_discovery_controller_hears_of_its_changes() {
         host: rig.address.ip().to_string(),
         port: rig.address.port(),
         subnqn: Nqn::discovery(),
+        local: LocalEnd::default(),
     };
     let targets = [target];
     let watching = DiscoveryWatch::connect(&registry, &targets, &options);

@@ -8,7 +8,9 @@ use std::time::Duration;
 use memdesc::MemSink;
 use nvmf::backend::FileBackend;
 use nvmf::controller::{AnaState, Limits, Subsystem};
-use nvmf::host::{Association, Changed, HostEvent, HostOptions, NamespaceSelector, TargetAddress};
+use nvmf::host::{
+    Association, Changed, HostEvent, HostOptions, LocalEnd, NamespaceSelector, TargetAddress,
+};
 use nvmf::spec::event::{AsyncEvent, config, kind, notice};
 use nvmf::spec::feature::fid;
 use nvmf::spec::identify::cns;
@@ -190,6 +192,7 @@ async fn host(rig: &Rig) -> (Association, Receiver<HostEvent>) {
         host: rig.address.ip().to_string(),
         port: rig.address.port(),
         subnqn: Nqn::new(SUBNQN).unwrap(),
+        local: LocalEnd::default(),
     };
     let options = HostOptions::new(Nqn::new(HOSTNQN).unwrap(), Uuid::from_u128(5));
     let registry = Registry::with_defaults();

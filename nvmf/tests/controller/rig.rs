@@ -181,9 +181,14 @@ impl Rig {
     /// A connection on which nothing but ICReq was sent.
     pub async fn dial(&self, queue_size: u32) -> Queue {
         let deadline = Instant::now() + PATIENCE;
-        let connection = tcp::connect(self.address, tcp::Digests::default(), deadline)
-            .await
-            .unwrap();
+        let connection = tcp::connect(
+            &tcp::LocalEnd::default(),
+            self.address,
+            tcp::Digests::default(),
+            deadline,
+        )
+        .await
+        .unwrap();
         let params = QueueParams {
             admin: false,
             queue_size,

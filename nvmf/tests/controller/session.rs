@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nvmf::controller::Limits;
-use nvmf::host::{Association, HostOptions, NamespaceSelector, TargetAddress};
+use nvmf::host::{Association, HostOptions, LocalEnd, NamespaceSelector, TargetAddress};
 use nvmf::spec::property::{Cc, Csts};
 use nvmf::spec::{Nqn, Sqe, Status};
 use nvmf::transport::drive::Driven;
@@ -154,6 +154,7 @@ async fn our_own_host_finds_the_namespace_and_moves_data() {
         host: rig.address.ip().to_string(),
         port: rig.address.port(),
         subnqn: Nqn::new(SUBNQN).unwrap(),
+        local: LocalEnd::default(),
     };
     let mut options = HostOptions::new(Nqn::new(HOSTNQN).unwrap(), Uuid::from_u128(5));
     options.nr_io_queues = 3;

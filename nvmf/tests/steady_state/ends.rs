@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nvmf::backend::Backend;
 use nvmf::controller::{LaneHost, Limits, LocalPort, Port, Subsystem, Target};
-use nvmf::host::{Association, HostOptions, TargetAddress};
+use nvmf::host::{Association, HostOptions, LocalEnd, TargetAddress};
 use nvmf::spec::Nqn;
 use nvmf::transport::loopback::{Coupled, listen};
 use nvmf::transport::{HostQueuePair, Lane, Registry, Turn};
@@ -81,6 +81,7 @@ impl Ends {
                     host: at.ip().to_string(),
                     port: at.port(),
                     subnqn: nqn,
+                    local: LocalEnd::default(),
                 };
                 let association = Association::connect(&registry, &address, &options).await;
                 let association = association.unwrap();

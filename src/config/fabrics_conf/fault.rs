@@ -172,6 +172,12 @@ pub(crate) enum Fault {
     /// Missing in a controller line.
     #[error("there is no {0}; write controller = transport=tcp;traddr=192.0.2.1;trsvcid=4420")]
     NoAddress(&'static str),
+    /// Bad address of this machine.
+    #[error("host-traddr = {0}: write an IPv4 or IPv6 address of this machine")]
+    HostTraddr(String),
+    /// Bad interface of this machine.
+    #[error("host-iface: {0}")]
+    HostIface(String),
     /// Security of a path alone.
     #[error("{0} is the same for all paths; put it into a line of its own in the section")]
     PerPath(&'static str),

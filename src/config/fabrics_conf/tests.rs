@@ -313,16 +313,19 @@ fn a_controller_line_is_checked_part_by_part() {
         ("transport=tcp;traddr=a;queue-size=x", &["queue-size = x"]),
         ("transport=rdma;traddr=a", &["f.conf:1", "TCP", "rdma"]),
         (
-            "transport=tcp;traddr=a;host-iface=eth0",
-            &["host-iface = eth0"],
+            "transport=tcp;traddr=a;host-iface=eth/0",
+            &["host-iface", "'eth/0'", "ip link"],
         ),
         (
-            "transport=tcp;traddr=a;host-traddr=192.0.2.9",
-            &["host-traddr = 192.0.2.9"],
+            "transport=tcp;traddr=a;host-traddr=storage",
+            &["host-traddr = storage"],
         ),
     ] {
         refused(&path(line), &[], names);
     }
+    let begins = path("transport=tcp;traddr=192.0.2.1;host-traddr=192.0.2.9;host-iface=eth0");
+    let local = subsystem(&begins, VOL1).targets().remove(0).local;
+    assert_eq!(local.to_string(), "from 192.0.2.9 through eth0");
     // Paths of one disk cannot differ, and those over another transport are not in the way.
     let differ = format!(
         "{}controller = transport=tcp;traddr=192.0.2.2;queue-size=32\n",

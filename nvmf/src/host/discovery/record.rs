@@ -6,6 +6,7 @@ use crate::host::address::TargetAddress;
 use crate::spec::discovery::{DiscoveryRecord, adrfam, sectype, subtype, treq};
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::{Nqn, trtype};
+use crate::transport::tcp::LocalEnd;
 
 /// One way to a subsystem.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -187,6 +188,7 @@ fn target(record: &Discovered, tls: u8, at: SocketAddr) -> Result<TargetAddress,
         host: host(address, at),
         port: port.ok_or_else(|| format!("'{trsvcid}' is not a port"))?,
         subnqn: subnqn.clone(),
+        local: LocalEnd::default(),
     })
 }
 

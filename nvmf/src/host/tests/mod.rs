@@ -19,7 +19,7 @@ use super::association::Association;
 use super::error::HostError;
 use super::options::HostOptions;
 use super::scripted::{SUBNQN, Scripted};
-use super::{NamespaceSelector, TargetAddress};
+use super::{LocalEnd, NamespaceSelector, TargetAddress};
 use crate::spec::{Nqn, Sqe};
 use crate::transport::Registry;
 
@@ -34,6 +34,7 @@ fn target() -> TargetAddress {
         host: at().ip().to_string(),
         port: at().port(),
         subnqn: Nqn::new(SUBNQN).unwrap(),
+        local: LocalEnd::default(),
     }
 }
 

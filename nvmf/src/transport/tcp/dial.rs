@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
 use super::parting::part;
-use super::{Connection, Digests};
+use super::{Connection, Digests, LocalEnd};
 use crate::tcp::FatalError;
 use crate::tcp::negotiate::{self, IC_LEN};
 
@@ -45,18 +45,19 @@ pub enum ConnectError {
     TlsDemanded,
 }
 
-/// Connects to a controller and exchanges ICReq and ICResp, asking for `digests`. The controller may
+/// Connects to a controller, from `local`, and exchanges ICReq and ICResp, asking for `digests`. The controller may
 /// grant fewer; [`Connection::negotiated`] says which.
 ///
 /// # Errors
 /// [`ConnectError`]; nothing stays open then.
 pub async fn connect(
+    local: &LocalEnd,
     address: SocketAddr,
     digests: Digests,
     deadline: Instant,
 ) -> Result<Connection, ConnectError> {
     within(deadline, async {
-        let mut stream = TcpStream::connect(address).await?;
+        let mut stream = local.connect(address).await?;
         prepare(&stream)?;
         stream.write_all(&negotiate::ic_req(digests)).await?;
         let resp = read_ic(&mut stream).await?;

@@ -4,6 +4,7 @@ mod controller;
 mod copies;
 mod dial;
 mod host;
+mod local_end;
 mod parting;
 mod socket;
 mod stream;
@@ -19,6 +20,7 @@ use crate::spec::trtype;
 pub use crate::tcp::Digests;
 use crate::tcp::negotiate::Negotiated;
 pub use dial::{ConnectError, accept, connect};
+pub use local_end::LocalEnd;
 
 /// A TCP connection on which ICReq and ICResp were exchanged.
 #[derive(Debug)]
