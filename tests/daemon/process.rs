@@ -1,7 +1,6 @@
 //! A process of a test: started, watched, its output kept, ended with the test whatever happens.
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -141,7 +140,7 @@ impl Process {
         self.stdout.lock().lines.clone()
     }
 
-    /// The lines of standard error up to now.
+    /// The lines of standard error: all that it wrote before this call.
     pub(crate) fn stderr(&self) -> Vec<String> {
         self.stderr.lock().lines.clone()
     }
@@ -228,31 +227,44 @@ pub(crate) fn readable_within(fd: &impl AsFd, limit: Duration) -> bool {
     }
 }
 
-/// The lines of one stream, collected by a thread.
+/// The lines of one stream. A thread collects them, so that the process never waits for room; whoever looks at them
+/// collects what is there first, and so sees all that the process wrote before.
 struct Output {
     shared: Arc<(Mutex<Lines>, Condvar)>,
     reader: Option<JoinHandle<()>>,
 }
 
-#[derive(Default)]
 struct Lines {
+    stream: OwnedFd,
     lines: Vec<String>,
+    /// The beginning of the next line.
+    partial: Vec<u8>,
     closed: bool,
 }
 
 impl Output {
-    fn follow(stream: impl Read + Send + 'static) -> Self {
-        let shared = Arc::<(Mutex<Lines>, Condvar)>::default();
+    fn follow(stream: impl Into<OwnedFd>) -> Self {
+        let stream = stream.into();
+        rustix::io::ioctl_fionbio(&stream, true).expect("a pipe that does not block");
+        let watched = stream.try_clone().expect("a descriptor");
+        let lines = Lines {
+            stream,
+            lines: Vec::new(),
+            partial: Vec::new(),
+            closed: false,
+        };
+        let shared = Arc::new((Mutex::new(lines), Condvar::new()));
         let collected = Arc::clone(&shared);
         let reader = thread::spawn(move || {
             let (lines, changed) = &*collected;
-            for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
-                let line = String::from_utf8_lossy(&line).into_owned();
-                lock(lines).lines.push(line);
+            loop {
+                let _ = readable_within(&watched, LIFETIME);
+                let lines = collect(lines);
                 changed.notify_all();
+                if lines.closed {
+                    break;
+                }
             }
-            lock(lines).closed = true;
-            changed.notify_all();
         });
         Self {
             shared,
@@ -260,8 +272,9 @@ impl Output {
         }
     }
 
+    /// All lines up to now.
     fn lock(&self) -> MutexGuard<'_, Lines> {
-        lock(&self.shared.0)
+        collect(&self.shared.0)
     }
 
     /// Waits for a line; false when the stream ends, or patience does, without it.
@@ -285,6 +298,29 @@ impl Output {
     }
 }
 
-fn lock(lines: &Mutex<Lines>) -> MutexGuard<'_, Lines> {
-    lines.lock().unwrap_or_else(PoisonError::into_inner)
+/// Takes what the stream has.
+fn collect(lines: &Mutex<Lines>) -> MutexGuard<'_, Lines> {
+    let mut lines = lines.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut bytes = [0; 4096];
+    while !lines.closed {
+        match rustix::io::read(&lines.stream, &mut bytes) {
+            Ok(0) => lines.closed = true,
+            Ok(count) => lines.partial.extend_from_slice(&bytes[..count]),
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(rustix::io::Errno::AGAIN) => break,
+            Err(error) => panic!("output of a process: {error}"),
+        }
+        while let Some(end) = lines.partial.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = lines.partial.drain(..=end).collect();
+            let line = String::from_utf8_lossy(&line[..end]).into_owned();
+            lines.lines.push(line);
+        }
+    }
+    if lines.closed && !lines.partial.is_empty() {
+        let last = std::mem::take(&mut lines.partial);
+        lines
+            .lines
+            .push(String::from_utf8_lossy(&last).into_owned());
+    }
+    lines
 }

@@ -110,6 +110,7 @@ impl Scripted {
                 thread::spawn(move || {
                     let (script, seen) = &*shared;
                     let _ = stream.set_read_timeout(Some(PATIENCE));
+                    let _ = stream.set_nodelay(true);
                     let cc = Cc::default();
                     // A host that hangs up is no error here.
                     let _ = Connection {
