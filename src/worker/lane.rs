@@ -40,8 +40,11 @@ const TAKE_MAX: usize = 128;
 /// turns, and sleep in between.
 const ANSWERED_MAX: usize = 8;
 /// Bytes after which such a batch takes no more: large requests are worked on for as long as several
-/// small ones.
+/// small ones. Twice as many where several times the batch stays behind, so that there is enough to do until the
+/// guest goes on: it is woken half as often then.
 const ANSWERED_BYTES: u64 = 512 << 10;
+/// So many times the requests of a batch.
+const ENOUGH_BEHIND: usize = 3;
 
 /// Turns that need not look at the clock for commands that are overdue.
 const UNWATCHED_MAX: u32 = 256;
@@ -404,12 +407,15 @@ impl DeviceLane {
         more
     }
 
-    /// Takes up to `most` requests, and none once they move `most_bytes`.
+    /// Takes up to `most` requests, and none once they move `most_bytes`; twice that where enough others wait.
     fn take_from(&mut self, at: usize, most: usize, most_bytes: u64) -> bool {
         let mut bytes = 0;
-        for _ in 0..most {
+        for taken in 0..most {
             if bytes >= most_bytes {
-                return true;
+                let waiting = usize::from(self.rings[at].queue.waiting());
+                if bytes >= most_bytes.saturating_mul(2) || waiting < ENOUGH_BEHIND * taken {
+                    return true;
+                }
             }
             if !self.has_room() {
                 // Completions make room, and then the scan goes on.

@@ -1,8 +1,10 @@
 //! The data path of one ring: requests out, answers in, one index and one call for a batch.
 
 use std::fs::File;
+use std::num::Wrapping;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use memdesc::Segment;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -258,6 +260,15 @@ impl Queue {
         }
         self.next_request(lists)
             .inspect_err(|&reason| self.break_ring(reason))
+    }
+
+    /// How many requests of the driver wait to be taken, at most as many as the ring has entries: a hint, for the
+    /// driver adds to them at any time.
+    #[must_use]
+    pub fn waiting(&self) -> u16 {
+        let available = self.ring.avail_idx(&*self.home, Ordering::Acquire);
+        let next = Wrapping(self.ring.next_avail());
+        available.map_or(0, |index| (index - next).0.min(self.ring.size()))
     }
 
     fn next_request(

@@ -68,6 +68,26 @@ fn indexes_wrap_at_65536() {
 }
 
 #[test]
+fn what_waits_is_counted_across_the_end_of_the_index_and_is_no_more_than_the_ring_holds() {
+    let mut guest = Guest::new();
+    let start = 65534;
+    guest.set_avail(start);
+    guest.write(ADDRESSES.used + 2, &start.to_le_bytes());
+    let mut queue = queue_with(&guest, |setup| setup.base = start);
+    assert_eq!(queue.waiting(), 0);
+    for _ in 0..3 {
+        post(&mut guest, FLUSH, 0, &[]);
+    }
+    assert_eq!(queue.waiting(), 3);
+    let first = take(&mut queue);
+    assert_eq!(queue.waiting(), 2);
+    queue.finish(first.token, &first.operation, BlkStatus::Ok);
+    assert_eq!(queue.waiting(), 2);
+    guest.set_avail(start - 1);
+    assert_eq!(queue.waiting(), SIZE);
+}
+
+#[test]
 fn without_event_idx_the_driver_s_flag_decides() {
     let mut guest = Guest::new();
     let (call, _called) = signal();
