@@ -88,7 +88,7 @@ fn make() -> Result<Artifacts> {
     initramfs.resize(initramfs.len().next_multiple_of(4), 0);
     initramfs.extend(archive.finish());
     Ok(Artifacts {
-        kernel: guest.join("vmlinuz"),
+        kernel: guest.join("kernel"),
         root: guest.join("root.ext4"),
         initramfs,
         accelerator: accelerator.split_whitespace().map(str::to_owned).collect(),
