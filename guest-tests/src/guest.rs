@@ -22,6 +22,7 @@ use crate::channel::{PORT_NAME, Reply, Request};
 use crate::daemon::Daemon;
 use crate::monitor::Monitor;
 use crate::network;
+use crate::qemu::qemu_program;
 
 /// An emulated machine takes 5 seconds. One with several processors now and then stalls for a minute or two after a reset on a
 /// busy host, with any disks and with none.
@@ -195,7 +196,7 @@ impl Guest {
             UnixListener::bind(&channel).with_context(|| channel.display().to_string())?;
 
         let memory = format!("{}M", options.memory_mib);
-        let mut command = network::command(&options.entrance, "qemu-system-x86_64");
+        let mut command = network::command(&options.entrance, qemu_program());
         command.args(&artifacts.accelerator);
         command.args([
             "-M",
