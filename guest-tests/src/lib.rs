@@ -24,7 +24,7 @@ pub use channel::{PORT_NAME, Reply, Request};
 pub use checks::Checks;
 pub use daemon::Daemon;
 pub use guest::{Disk, Guest, GuestOptions, Job, Output};
-pub use monitor::{Migrated, Monitor};
+pub use monitor::{Migrated, Monitor, rounds_of_copying};
 pub use network::Network;
 pub use qemu::{qemu_program, qemu_version, reconnect_each_second};
 pub use recorder::Recorder;
