@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::cpio::Archive;
+use crate::qemu::qemu_program;
 
 /// Where everything is.
 #[derive(Clone, Debug)]
@@ -59,15 +60,17 @@ pub(crate) fn daemon_binary() -> Result<PathBuf> {
 
 fn make() -> Result<Artifacts> {
     let scripts = workspace().join("qemu-scripts");
-    for tool in ["qemu-system-x86_64", "setpriv", "mke2fs"] {
+    let qemu = qemu_program();
+    for tool in [&*qemu, "setpriv".as_ref(), "mke2fs".as_ref()] {
         let found = Command::new("sh")
             .args([
                 "-c",
                 "PATH=$PATH:/usr/sbin:/sbin command -v \"$0\" >/dev/null",
-                tool,
             ])
+            .arg(tool)
             .status()?;
         if !found.success() {
+            let tool = tool.display();
             bail!("{tool} is missing; 'make guest-test' installs what the guests need");
         }
     }

@@ -22,6 +22,7 @@ use crate::channel::{PORT_NAME, Reply, Request};
 use crate::daemon::Daemon;
 use crate::monitor::Monitor;
 use crate::network;
+use crate::qemu::qemu_program;
 
 /// An emulated machine takes 5 seconds, on a busy host several times as long.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -194,7 +195,7 @@ impl Guest {
             UnixListener::bind(&channel).with_context(|| channel.display().to_string())?;
 
         let memory = format!("{}M", options.memory_mib);
-        let mut command = network::command(&options.entrance, "qemu-system-x86_64");
+        let mut command = network::command(&options.entrance, qemu_program());
         command.args(&artifacts.accelerator);
         command.args([
             "-M",

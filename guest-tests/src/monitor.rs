@@ -9,9 +9,42 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::qemu::qemu_version;
+
 /// QEMU answers at once, unless the machine is very busy.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(50);
+
+/// How fast a migration copies, and when it stops the machine for the rest.
+struct Pace {
+    /// In bytes a second.
+    bandwidth: u64,
+    /// It stops the machine when the rest takes no longer.
+    downtime_ms: u64,
+}
+
+/// What was not copied yet goes while the machine stands still, all of it: nothing here is larger than what the loopback moves in moments.
+const AT_ONCE: Pace = Pace {
+    bandwidth: 4 << 30,
+    downtime_ms: 60_000,
+};
+
+/// A machine that works has always written to more meanwhile than it may stand still for, so it is copied round by round.
+const SLOWLY: Pace = Pace {
+    bandwidth: 96 << 20,
+    downtime_ms: 1,
+};
+
+/// How many times a migration looks for what was written to meanwhile, at least, before it stops a machine that works.
+///
+/// Where QEMU 7.2 emulates processors, what they write in rounds after the first gets lost, with any disks and with none: so
+/// all of memory is copied once there, and the rest while the machine stands still.
+///
+/// # Errors
+/// As [`qemu_version`].
+pub fn rounds_of_copying() -> Result<u64> {
+    Ok(if qemu_version()? >= (10, 0) { 6 } else { 1 })
+}
 
 /// A connection to a monitor.
 #[derive(Debug)]
@@ -99,26 +132,33 @@ impl Monitor {
         self.execute("cont", &json!({})).map(drop)
     }
 
-    /// Migrates the machine to `uri` and waits until that is done.
+    /// Migrates the machine to `uri`, in several rounds of copying where this QEMU is good at that, and waits until it is done.
     ///
     /// # Errors
     /// When it fails, or takes longer than `limit`.
     pub fn migrate(&mut self, uri: &str, limit: Duration) -> Result<Migrated> {
+        let rounds = rounds_of_copying()?;
         self.begin_migration(uri)?;
         let deadline = Instant::now() + limit;
+        let mut slow = rounds > 1;
         loop {
             let state = self.execute("query-migrate", &json!({}))?;
             let millis = |name: &str| Duration::from_millis(state[name].as_u64().unwrap_or(0));
+            let copied = state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
             match state["status"].as_str().unwrap_or("none") {
                 "completed" => {
                     return Ok(Migrated {
                         total: millis("total-time"),
                         downtime: millis("downtime"),
-                        rounds: state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0),
+                        rounds: copied,
                     });
                 }
                 "failed" | "cancelled" => bail!("the migration to {uri} has failed: {state}"),
                 _ if Instant::now() > deadline => bail!("the migration takes too long: {state}"),
+                _ if slow && copied >= rounds => {
+                    slow = false;
+                    self.set_parameters(&AT_ONCE)?;
+                }
                 _ => sleep(PAUSE),
             }
         }
@@ -129,12 +169,19 @@ impl Monitor {
     /// # Errors
     /// As [`Self::execute`].
     pub fn begin_migration(&mut self, uri: &str) -> Result<()> {
-        // All of memory is copied once, then what was written to meanwhile while the machine stands still. Of more rounds
-        // in between QEMU 7.2 makes a mess when it emulates processors: what they write gets lost, with any disks and with
-        // none. Nothing here is larger than what the loopback moves in moments.
-        let parameters = json!({ "max-bandwidth": 4_u64 << 30, "downtime-limit": 60_000 });
-        self.execute("migrate-set-parameters", &parameters)?;
+        let pace = match rounds_of_copying()? {
+            1 => AT_ONCE,
+            _ => SLOWLY,
+        };
+        self.set_parameters(&pace)?;
         self.execute("migrate", &json!({ "uri": uri })).map(drop)
+    }
+
+    fn set_parameters(&mut self, pace: &Pace) -> Result<()> {
+        let parameters =
+            json!({ "max-bandwidth": pace.bandwidth, "downtime-limit": pace.downtime_ms });
+        self.execute("migrate-set-parameters", &parameters)
+            .map(drop)
     }
 
     /// Waits until the machine is here that was migrated, and could run.

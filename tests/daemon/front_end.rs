@@ -52,6 +52,8 @@ pub(crate) struct Setup {
     pub(crate) rings: usize,
     /// Entries of each ring.
     pub(crate) size: u16,
+    /// Entries that the region of requests in flight is asked for, where that is another number.
+    pub(crate) announced: Option<u16>,
     /// Features that are on offer and not accepted.
     pub(crate) without: u64,
     /// Enable the rings.
@@ -63,6 +65,7 @@ impl Default for Setup {
         Self {
             rings: 1,
             size: 128,
+            announced: None,
             without: 0,
             enable: true,
         }

@@ -98,13 +98,19 @@ impl Keeper {
         (self.shape, self.file) = new_region(&mut self.guest.frontend, self.setup);
     }
 
-    /// Fills the end of the region with nonsense, where daemons keep what the next needs.
+    /// Where daemons keep what the next needs: behind the parts of the rings, which are aligned to 64 bytes.
+    fn tail_at(&self) -> u64 {
+        let part = (16 + 16 * u64::from(self.shape.queue_size)).next_multiple_of(64);
+        self.shape.mmap_offset + u64::from(self.shape.num_queues) * part
+    }
+
+    /// Fills that with nonsense.
     #[track_caller]
     pub(crate) fn spoil_tail(&self) {
-        let tail = (64 << 10) + 64;
-        let at = self.shape.mmap_offset + self.shape.mmap_size - tail;
-        let bytes = vec![0x5a; usize::try_from(tail).expect("64 bits")];
-        self.file.write_all_at(&bytes, at).expect("written");
+        let bytes = vec![0x5a; (64 << 10) + 64];
+        self.file
+            .write_all_at(&bytes, self.tail_at())
+            .expect("written");
     }
 
     /// Has what daemons keep there come from another run of the machine, or another machine, as after a migration. Knows their
@@ -113,7 +119,7 @@ impl Keeper {
     pub(crate) fn change_machine(&self) {
         const FENCES: usize = 4;
         let half: u64 = 32 << 10;
-        let start = self.shape.mmap_offset + self.shape.mmap_size - 64 - 2 * half;
+        let start = self.tail_at();
         for at in [start, start + half] {
             let mut bytes = vec![0; 32 << 10];
             self.file.read_exact_at(&mut bytes, at).expect("read");
@@ -168,7 +174,7 @@ impl Keeper {
 fn new_region(frontend: &mut Frontend, setup: Setup) -> (VhostUserInflight, File) {
     let asked = VhostUserInflight {
         num_queues: u16::try_from(setup.rings).expect("a few"),
-        queue_size: setup.size,
+        queue_size: setup.announced.unwrap_or(setup.size),
         ..VhostUserInflight::default()
     };
     frontend.get_inflight_fd(&asked).expect("GET_INFLIGHT_FD")

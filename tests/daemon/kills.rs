@@ -54,9 +54,10 @@ fn pattern(block: u64, round: u8) -> Vec<u8> {
 }
 
 impl Load {
-    fn start(socket: &Path) -> Self {
+    fn start(socket: &Path, announced: Option<u16>) -> Self {
         let setup = Setup {
             rings: RINGS,
+            announced,
             ..Setup::default()
         };
         let idle = Worker {
@@ -174,14 +175,14 @@ fn rounds() -> u64 {
 }
 
 /// Kills and starts daemons at one socket.
-fn under_kills(start: impl Fn(&Path) -> Attach) {
+fn under_kills(announced: Option<u16>, start: impl Fn(&Path) -> Attach) {
     let seed = fastrand::u64(..);
     eprintln!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let directory = Directory::new();
     let socket = directory.path("disk.sock");
     let mut daemon = start(&socket);
-    let mut load = Load::start(&socket);
+    let mut load = Load::start(&socket, announced);
     for _ in 0..rounds() {
         load.run(Duration::from_micros(random.u64(0..300_000)));
         drop(daemon);
@@ -219,15 +220,26 @@ fn under_kills(start: impl Fn(&Path) -> Attach) {
 fn a_daemon_that_is_killed_again_and_again_loses_nothing_and_answers_nothing_twice() {
     let export = Export::start(&["ram:8M"]);
     let args = [&QUICK[..], &["--nr-io-queues", "2"]].concat();
-    under_kills(|socket| Attach::start_at(socket, &args, export.uri()));
+    under_kills(None, |socket| Attach::start_at(socket, &args, export.uri()));
 }
 
 #[test]
 fn nor_does_one_with_a_local_disk() {
+    under_kills_of_serve(None);
+}
+
+#[test]
+fn nor_does_one_whose_rings_are_larger_than_the_vmm_said() {
+    under_kills_of_serve(Some(32));
+}
+
+fn under_kills_of_serve(announced: Option<u16>) {
     let directory = Directory::new();
     let image = directory.path("disk.img");
     let file = std::fs::File::create(&image).expect("a file");
     file.set_len(8 << 20).expect("room");
     let spec = format!("file:{}", image.display());
-    under_kills(|socket| Attach::serve_at(socket, &["--nr-io-queues=2"], &spec));
+    under_kills(announced, |socket| {
+        Attach::serve_at(socket, &["--nr-io-queues=2"], &spec)
+    });
 }

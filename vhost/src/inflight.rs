@@ -1,15 +1,16 @@
 //! The in-flight region: memory that outlives this process and says which requests it had.
 //!
 //! The layout is that of the vhost-user specification for split rings ("Inflight I/O tracking"), one
-//! part a ring, each aligned to 64 bytes, and behind them a private [`Tail`]. A front-end asks for a
-//! region, hands it over before rings start, keeps it, and hands it over again to whoever serves the
-//! rings next. Where it does not, private memory takes its place, so that everything above works in one
-//! way.
+//! part a ring, each aligned to 64 bytes, and behind them a private [`Tail`] and wide parts for
+//! rings that turn out larger than the front-end said. A front-end asks for a region, hands it over before
+//! rings start, keeps it, and hands it over again to whoever serves the rings next. Where it does not,
+//! private memory takes its place, so that everything above works in one way.
 
 mod mapping;
 mod ring;
 mod tail;
 mod tracking;
+mod wide;
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -33,6 +34,7 @@ use crate::vring::MAX_RING_SIZE;
 use mapping::Mapping;
 use ring::{ALIGNMENT, part_len};
 use tail::PRIVATE;
+use wide::WideParts;
 
 /// What the files of regions are called in `/proc`.
 const NAME: &str = "vhost-user-blk-inflight";
@@ -84,6 +86,7 @@ pub(crate) struct Region {
     rings: u16,
     entries: u16,
     tail: Tail,
+    wide: Option<WideParts>,
 }
 
 /// Bytes of all parts.
@@ -110,7 +113,7 @@ impl Region {
     /// There are more rings or entries than any device has, or there is no memory.
     pub(crate) fn make(rings: u16, entries: u16) -> Result<(RegionShape, File), InflightError> {
         let shape = RegionShape {
-            len: (parts_len(rings, entries) + PRIVATE) as u64,
+            len: (parts_len(rings, entries) + PRIVATE + WideParts::len(rings, entries)) as u64,
             offset: 0,
             rings,
             entries,
@@ -149,7 +152,11 @@ impl Region {
         }
         keep_whole(&file, shape)?;
         let memory = Arc::new(Mapping::shared(file, shape.offset, len)?);
-        let fresh = check_parts(&memory, shape)?;
+        let behind = parts + PRIVATE;
+        let wide = (len >= behind + WideParts::len(shape.rings, shape.entries))
+            .then(|| WideParts::at(&memory, behind, shape))
+            .flatten();
+        let fresh = check_parts(&memory, shape, wide.as_ref())?;
         let tail = if len >= parts + PRIVATE {
             Tail::new(Arc::clone(&memory), parts, fresh)
         } else {
@@ -160,6 +167,7 @@ impl Region {
             rings: shape.rings,
             entries: shape.entries,
             tail,
+            wide,
         })
     }
 
@@ -174,8 +182,23 @@ impl Region {
         (shape, self.memory.file().map(|file| Arc::clone(file.arc())))
     }
 
-    /// The part of ring `index`.
-    pub(crate) fn part(&self, index: usize) -> Option<Part> {
+    /// The part of ring `index`, which has `size` entries.
+    pub(crate) fn part(&self, index: usize, size: u16) -> Option<Part> {
+        let narrow = self.narrow(index)?;
+        let Some(wide) = self.wide.as_ref().and_then(|wide| wide.part(index)) else {
+            return Some(narrow);
+        };
+        // What a ring of another size has left in the other one is over.
+        let (part, other) = match size > self.entries {
+            true => (wide, narrow),
+            false => (narrow, wide),
+        };
+        other.forget();
+        Some(part)
+    }
+
+    /// The part of ring `index` that is as large as the front-end said.
+    fn narrow(&self, index: usize) -> Option<Part> {
         let at = part_len(self.entries) * index;
         let memory = || Arc::clone(&self.memory);
         (index < usize::from(self.rings)).then(|| Part::new(memory(), at, self.entries))
@@ -184,7 +207,8 @@ impl Region {
     /// Makes every part one that no ring has run on. No ring may be running.
     pub(crate) fn forget(&self) {
         for ring in 0..usize::from(self.rings) {
-            if let Some(part) = self.part(ring) {
+            let wide = self.wide.as_ref().and_then(|wide| wide.part(ring));
+            for part in self.narrow(ring).into_iter().chain(wide) {
                 part.forget();
             }
         }
@@ -226,14 +250,21 @@ fn keep_whole(file: &File, shape: RegionShape) -> Result<(), InflightError> {
 }
 
 /// Checks all parts; true when no ring has run on any.
-fn check_parts(memory: &Arc<Mapping>, shape: RegionShape) -> Result<bool, InflightError> {
+fn check_parts(
+    memory: &Arc<Mapping>,
+    shape: RegionShape,
+    wide: Option<&WideParts>,
+) -> Result<bool, InflightError> {
     let mut fresh = true;
     for ring in 0..shape.rings {
         let at = part_len(shape.entries) * usize::from(ring);
         let part = Part::new(Arc::clone(memory), at, shape.entries);
-        let failed = |reason| InflightError::Part { ring, reason };
-        part.check().map_err(failed)?;
-        fresh &= part.is_fresh();
+        let wide = wide.and_then(|wide| wide.part(usize::from(ring)));
+        for part in std::iter::once(part).chain(wide) {
+            let failed = |reason| InflightError::Part { ring, reason };
+            part.check().map_err(failed)?;
+            fresh &= part.is_fresh();
+        }
     }
     Ok(fresh)
 }

@@ -6,7 +6,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use guest_tests::{Attach, AttachOptions, Checks, Export, Guest, GuestOptions, rounds};
+use guest_tests::{
+    Attach, AttachOptions, Checks, Export, Guest, GuestOptions, reconnect_each_second, rounds,
+};
 use tempfile::TempDir;
 
 use crate::cases::{image, image_directory, no_kernel_errors};
@@ -88,18 +90,19 @@ impl Disk {
     }
 
     /// QEMU looks for a daemon that is gone once a second.
-    fn guest(&self) -> GuestOptions {
+    fn guest(&self) -> Result<GuestOptions> {
+        let reconnect = reconnect_each_second()?;
         let socket = self.socket.display();
         let arguments = [
             "-chardev",
-            &format!("socket,id=disk,path={socket},reconnect=1"),
+            &format!("socket,id=disk,path={socket},{reconnect}"),
             "-device",
             "vhost-user-blk-pci,chardev=disk,num-queues=2",
         ];
-        GuestOptions {
+        Ok(GuestOptions {
             arguments: arguments.map(str::to_owned).to_vec(),
             ..GuestOptions::default()
-        }
+        })
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -126,7 +129,7 @@ fn the_daemon_of_a_local_disk_that_is_killed_again_and_again_is_not_noticed() {
 fn killed_again_and_again(storage: Storage, mut checks: Checks) {
     let directory = image_directory().unwrap();
     let mut disk = Disk::start(storage, &directory, storage.direct()).unwrap();
-    let mut guest = Guest::boot(&disk.guest()).unwrap();
+    let mut guest = Guest::boot(&disk.guest().unwrap()).unwrap();
     let load = Load::start(&mut guest, "vda", seed(0), LIMIT).unwrap();
     sleep(Duration::from_secs(3));
     let mut away = Duration::ZERO;
@@ -181,7 +184,7 @@ fn what_a_guest_was_told_is_synced_is_there_after_everything_was_killed_at_once(
     let mut disk = Disk::start(Storage::Remote, &directory, ",powercut").unwrap();
     for round in 0..rounds() {
         let base = seed(round) * 4096;
-        let mut guest = Guest::boot(&disk.guest()).unwrap();
+        let mut guest = Guest::boot(&disk.guest().unwrap()).unwrap();
         let mut synced = 0;
         checks.check("everything is killed in the middle of writes", || {
             let (piece, last) = (PIECE, SYNCED / PIECE);
@@ -215,7 +218,7 @@ fn what_a_guest_was_told_is_synced_is_there_after_everything_was_killed_at_once(
         disk.daemon = None;
         disk.start_target().unwrap();
         disk.start_daemon().unwrap();
-        let mut guest = Guest::boot(&disk.guest()).unwrap();
+        let mut guest = Guest::boot(&disk.guest().unwrap()).unwrap();
         checks.check("each piece that was synced is there", || {
             guest.sh(&format!(
                 "for i in $(seq {synced}); do

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use guest_tests::{
-    Attach, AttachOptions, Checks, Disk, Export, Guest, GuestOptions, Migrated, Seeded, rounds,
+    Attach, AttachOptions, Checks, Disk, Export, Guest, GuestOptions, Migrated, Monitor, Seeded,
+    rounds, rounds_of_copying,
 };
 
 use crate::cases::{image, image_directory, no_kernel_errors, write_and_read_back};
@@ -45,9 +46,13 @@ impl Places {
         }
     }
 
-    fn start(directory: &Path, uri: &str) -> Result<Self> {
-        let attach =
-            |name: &str| Attach::start(&directory.join(name), uri, &AttachOptions::default());
+    /// The guest boots at the first. `arguments` are the daemons'.
+    fn start(directory: &Path, uri: &str, arguments: &[&str]) -> Result<Self> {
+        let options = AttachOptions {
+            arguments: arguments.iter().copied().map(str::to_owned).collect(),
+            ..AttachOptions::default()
+        };
+        let attach = |name: &str| Attach::start(&directory.join(name), uri, &options);
         let daemons = [attach("first.sock")?, attach("second.sock")?];
         let guest = Guest::boot(&Self::options(&daemons[0]))?;
         Ok(Self {
@@ -108,15 +113,13 @@ impl Places {
         Ok(migrated)
     }
 
-    /// Returns the time from the guest's last step to its next one.
+    /// It is stopped, saved and loaded. Returns the time from its last step to its next one.
     fn go_through_a_file(&mut self, directory: &Path) -> Result<Duration> {
-        let file = directory.join("guest.state");
-        let file = file.display();
         let mut monitor = self.guest.monitor()?;
         monitor.stop()?;
         let stopped = Instant::now();
-        monitor.migrate(&format!("exec:cat >{file}"), LIMIT)?;
-        let there = self.other(&format!("exec:cat {file}"))?;
+        save(&mut monitor, directory)?;
+        let there = self.load(directory)?;
         // It was not running when it was saved.
         let mut monitor = there.monitor()?;
         monitor.await_migrated(LIMIT)?;
@@ -125,6 +128,33 @@ impl Places {
         self.arrived(there)?;
         Ok(stopped.elapsed())
     }
+
+    /// It is saved while it works, and loaded.
+    fn go_live_through_a_file(&mut self, directory: &Path) -> Result<Migrated> {
+        let migrated = save(&mut self.guest.monitor()?, directory)?;
+        let there = self.load(directory)?;
+        self.arrived(there)?;
+        Ok(migrated)
+    }
+
+    fn load(&self, directory: &Path) -> Result<Guest> {
+        self.other(&format!("exec:cat {}", state(directory)))
+    }
+}
+
+/// The file for a guest that is saved.
+fn state(directory: &Path) -> String {
+    directory.join("guest.state").display().to_string()
+}
+
+fn save(monitor: &mut Monitor, directory: &Path) -> Result<Migrated> {
+    monitor.migrate(&format!("exec:cat >{}", state(directory)), LIMIT)
+}
+
+/// What was copied in fewer rounds than that did not go as a working guest does.
+fn in_rounds(migrated: Migrated) -> Result<Migrated> {
+    ensure!(migrated.rounds >= rounds_of_copying()?, "{migrated:?}");
+    Ok(migrated)
 }
 
 /// Addresses of pages that the files have different, which are removed.
@@ -141,6 +171,53 @@ fn differing_pages(files: &[PathBuf; 2]) -> Result<Vec<usize>> {
     Ok(differ.map(|(page, _)| page * PAGE).collect())
 }
 
+/// Moves it so many times while it works.
+fn move_live(places: &mut Places, directory: &Path, moves: u64) -> Result<String> {
+    let mut longest = Duration::ZERO;
+    let mut copied = 0;
+    for _ in 0..moves {
+        let migrated = in_rounds(places.go_live(directory)?)?;
+        longest = longest.max(migrated.downtime);
+        copied += migrated.rounds;
+        sleep(Duration::from_secs(2));
+    }
+    Ok(format!(
+        "{moves} times, copied in {copied} rounds, it stood still for {longest:.1?} at most"
+    ))
+}
+
+#[test]
+fn a_guest_with_sectors_of_a_namespace_with_large_blocks_moves() {
+    let mut checks = Checks::new("a guest with sectors moves (vda: one namespace, blocks of 4096)");
+    let directory = image_directory().unwrap();
+    let image = image(&directory, "moved.img", SIZE_MIB).unwrap();
+    let spec = format!("file:{},block-size=4096", image.display());
+    let mut export = Export::start(&[spec]).unwrap();
+    let arguments = ["--emulate-512"];
+    let mut places = Places::start(directory.path(), &export.uris[0], &arguments).unwrap();
+    let load = Load::start(&mut places.guest, "vda", seed(0), LOAD_LIMIT).unwrap();
+    sleep(Duration::from_secs(2));
+    checks.check("it is moved live, there and back", || {
+        move_live(&mut places, directory.path(), 2 * rounds())
+    });
+    checks.check("what it wrote meanwhile, it has read", || {
+        let done = load.finish(&mut places.guest)?;
+        ensure!(done.longest < STALL, "{done}");
+        Ok(done)
+    });
+    checks.check("no error in the guest's kernel log", || {
+        no_kernel_errors(&mut places.guest)
+    });
+    checks.check("power-off, and the daemons end cleanly", || {
+        places.guest.power_off()?;
+        for attach in &mut places.daemons {
+            attach.stop()?;
+        }
+        export.stop().map(|()| "status 0")
+    });
+    checks.finish();
+}
+
 #[test]
 fn a_guest_moves_between_machines_and_does_not_notice() {
     let mut checks =
@@ -148,27 +225,18 @@ fn a_guest_moves_between_machines_and_does_not_notice() {
     let directory = image_directory().unwrap();
     let image = image(&directory, "moved.img", SIZE_MIB).unwrap();
     let mut export = Export::start(&[format!("file:{}", image.display())]).unwrap();
-    let mut places = Places::start(directory.path(), &export.uris[0]).unwrap();
+    let mut places = Places::start(directory.path(), &export.uris[0], &[]).unwrap();
 
     let load = Load::start(&mut places.guest, "vda", seed(0), LOAD_LIMIT).unwrap();
     sleep(Duration::from_secs(5));
     checks.check("it is moved live, there and back", || {
-        let mut longest = Duration::ZERO;
         let moves = MOVES * rounds();
-        for _ in 0..moves {
-            let migrated = places.go_live(directory.path())?;
-            ensure!(migrated.rounds > 0, "nothing was copied: {migrated:?}");
-            longest = longest.max(migrated.downtime);
-            sleep(Duration::from_secs(2));
-        }
-        Ok(format!(
-            "{moves} times, it stood still for {longest:.1?} at most"
-        ))
+        move_live(&mut places, directory.path(), moves)
     });
     checks.check("its memory is the same there as here", || {
         let moves = 2 * rounds();
         for _ in 0..moves {
-            places.go_compared(directory.path())?;
+            in_rounds(places.go_compared(directory.path())?)?;
             sleep(Duration::from_secs(2));
         }
         Ok(format!("all {MEMORY_MIB} MiB, {moves} times"))
@@ -193,6 +261,12 @@ fn a_guest_moves_between_machines_and_does_not_notice() {
     checks.check("it goes through a file", || {
         let away = places.go_through_a_file(directory.path())?;
         Ok(format!("and was away for {away:.1?}"))
+    });
+    checks.check("and again, while it works", || {
+        sleep(Duration::from_secs(2));
+        let migrated = in_rounds(places.go_live_through_a_file(directory.path())?)?;
+        sleep(Duration::from_secs(2));
+        Ok(format!("copied in {} rounds", migrated.rounds))
     });
     checks.check("and what it wrote around that, it has read", || {
         load.finish(&mut places.guest)

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use guest_tests::{
-    Attach, AttachOptions, Checks, Daemon, Disk, Export, Guest, GuestOptions, rounds,
+    Attach, AttachOptions, Checks, Daemon, Disk, Export, Guest, GuestOptions, qemu_program, rounds,
 };
 
 use crate::cases::{LONG, image, image_directory, no_kernel_errors};
@@ -102,7 +102,7 @@ impl Machine {
     fn start(directory: &Path, socket: &Path) -> Result<Self> {
         let serial = directory.join("serial.log");
         let firmware = directory.join("firmware.log");
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(qemu_program());
         command.args(["-M", "q35", "-nodefaults", "-display", "none", "-m", "64M"]);
         command.args([
             "-object",

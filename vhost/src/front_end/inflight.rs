@@ -101,7 +101,7 @@ impl FrontEnd {
             InflightRegion::None | InflightRegion::Private => Part::private(size).map_err(refuse),
             InflightRegion::Kept(region) => {
                 let none = || refuse(format!("ring {at}: {}", BadInflight::NoPart));
-                region.part(at).ok_or_else(none)
+                region.part(at, size).ok_or_else(none)
             }
             InflightRegion::Refused => Err(refuse(format!(
                 "ring {at} cannot start: the in-flight region was refused"

@@ -3,13 +3,13 @@
 use super::*;
 use crate::fuse::killed_after;
 
-fn bytes(file: &File, at: u64, len: usize) -> Vec<u8> {
+pub(super) fn bytes(file: &File, at: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     rustix::io::pread(file, &mut bytes, at).expect("read");
     bytes
 }
 
-fn region(rings: u16, entries: u16) -> (Region, File, RegionShape) {
+pub(super) fn region(rings: u16, entries: u16) -> (Region, File, RegionShape) {
     let (shape, file) = Region::make(rings, entries).expect("region");
     let ours = file.try_clone().expect("clone");
     let region = Region::open(shape, ours).expect("a fresh region");
@@ -17,23 +17,26 @@ fn region(rings: u16, entries: u16) -> (Region, File, RegionShape) {
 }
 
 #[test]
-fn parts_are_aligned_to_64_bytes_and_the_tail_is_behind_them() {
-    for (rings, entries, parts) in [
-        (1, 1, 64),
-        (1, 2, 64),
-        (1, 4, 128),
-        (3, 64, 3 * 1088),
-        (256, 32768, 256 * 524_352),
+fn parts_are_aligned_to_64_bytes_and_the_tail_and_wide_parts_are_behind_them() {
+    for (rings, entries, parts, wide) in [
+        (1, 1, 64, 16448),
+        (1, 2, 64, 16448),
+        (1, 4, 128, 16448),
+        (3, 64, 3 * 1088, 3 * 16448),
+        (2, 1023, 2 * 16384, 2 * 16448),
+        (2, 1024, 2 * 16448, 0),
+        (256, 32768, 256 * 524_352, 0),
     ] {
         let (shape, _) = Region::make(rings, entries).expect("region");
-        assert_eq!(shape.len, parts + 65600, "{rings} rings of {entries}");
+        let len = parts + 65600 + wide;
+        assert_eq!(shape.len, len, "{rings} rings of {entries}");
     }
 }
 
 #[test]
 fn a_part_is_laid_out_as_the_specification_says() {
     let (region, file, _) = region(2, 64);
-    let part = region.part(1).expect("part");
+    let part = region.part(1, 64).expect("part");
     part.recover(64, 0x1234, 0x1234).expect("fresh");
     let header = [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 64, 0, 0, 0, 0x34, 0x12];
     assert_eq!(bytes(&file, 1088, 16), header);
@@ -57,7 +60,7 @@ fn a_part_that_was_not_begun_to_its_end_is_begun_again() {
     let (region, file, _) = region(1, 8);
     rustix::io::pwrite(&file, &[0xff; 144], 0).expect("write");
     rustix::io::pwrite(&file, &[0; 2], 8).expect("write");
-    let part = region.part(0).expect("part");
+    let part = region.part(0, 8).expect("part");
     let found = part.recover(8, 5, 5).expect("not begun");
     assert_eq!(found, ring::Found::default());
     let again = part.recover(8, 5, 5).expect("begun");
@@ -68,7 +71,7 @@ fn a_part_that_was_not_begun_to_its_end_is_begun_again() {
 #[test]
 fn counters_go_on_behind_those_of_requests_that_were_answered() {
     let (region, ..) = region(1, 8);
-    let part = region.part(0).expect("part");
+    let part = region.part(0, 8).expect("part");
     part.recover(8, 0, 0).expect("fresh");
     part.take(1, 40);
     part.take(2, 41);
@@ -91,7 +94,7 @@ fn a_kill_while_counters_are_made_different_does_not_change_their_order() {
     ] {
         let prepared = || {
             let (region, ..) = region(1, 8);
-            let part = region.part(0).expect("part");
+            let part = region.part(0, 8).expect("part");
             part.recover(8, 0, 0).expect("fresh");
             for (head, counter) in (0..).zip(counters) {
                 part.take(head, counter);
@@ -117,11 +120,12 @@ fn a_kill_while_counters_are_made_different_does_not_change_their_order() {
 
 #[test]
 fn a_tail_is_read_and_written_within_its_bounds_only() {
-    let (region, file, shape) = region(1, 8);
+    let (region, file, _) = region(1, 8);
     let tail = region.tail();
-    let start = shape.len - 65600;
+    // A header and eight entries, aligned.
+    let start = 192;
     tail.store(65528, 0x0807_0605_0403_0201);
-    let last = bytes(&file, shape.len - 72, 8);
+    let last = bytes(&file, start + 65528, 8);
     assert_eq!(last, [1, 2, 3, 4, 5, 6, 7, 8]);
     assert_eq!(tail.load(65528), 0x0807_0605_0403_0201);
     assert!(tail.write(0, b"first"));

@@ -13,6 +13,8 @@ use crate::inflight::{Part, Region, RegionShape};
 /// Where the indirect tables of the requests are, and behind them what they refer to.
 const TABLES_AT: u64 = 0x8000;
 const REQUEST: u64 = 0x100;
+/// Entries that a region is asked for with, which are less than the ring has.
+const TOO_FEW: u16 = SIZE / 2;
 
 /// A request of the driver's.
 #[derive(Debug, Clone, Copy)]
@@ -42,8 +44,9 @@ struct Life {
 }
 
 impl World {
-    fn new() -> Self {
-        let (shape, file) = Region::make(2, 32).expect("region");
+    /// With a region that was asked for with so many entries.
+    fn new(entries: u16) -> Self {
+        let (shape, file) = Region::make(2, entries).expect("region");
         Self {
             guest: Guest::new(),
             shape,
@@ -59,7 +62,7 @@ impl World {
     fn part(&self) -> Part {
         let file = self.file.try_clone().expect("clone");
         let region = Region::open(self.shape, file).expect("a good region");
-        region.part(1).expect("part of ring 1")
+        region.part(1, SIZE).expect("part of ring 1")
     }
 
     /// Makes a request available, if there is a free head.
@@ -246,17 +249,19 @@ const SCENARIO: &[Step] = &[
 
 #[test]
 fn a_device_that_is_killed_at_any_store_of_its_first_life_loses_nothing() {
-    let mut stores = 0;
-    loop {
-        let mut world = World::new();
-        let whole = world.live(SCENARIO, stores);
-        world.settle();
-        if whole {
-            break;
+    for entries in [32, TOO_FEW] {
+        let mut stores = 0;
+        loop {
+            let mut world = World::new(entries);
+            let whole = world.live(SCENARIO, stores);
+            world.settle();
+            if whole {
+                break;
+            }
+            stores += 1;
         }
-        stores += 1;
+        assert!(stores > 100, "{stores} stores are too few to tell");
     }
-    assert!(stores > 100, "{stores} stores are too few to tell");
 }
 
 #[test]
@@ -264,7 +269,7 @@ fn a_device_that_is_killed_again_at_any_store_of_its_recovery_loses_nothing() {
     for first in (0..).step_by(7) {
         let mut first_whole = false;
         for second in 0.. {
-            let mut world = World::new();
+            let mut world = World::new(32);
             first_whole = world.live(SCENARIO, 64 + first);
             let whole = world.live(
                 &[Step::Take, Step::Take, Step::Finish(0), Step::Flush],
@@ -298,11 +303,15 @@ proptest! {
 
     #[test]
     fn a_device_that_is_killed_at_random_loses_nothing_and_answers_nothing_twice(
-        lives in proptest::collection::vec((steps(), 0_u64..200), 1..12)
+        lives in proptest::collection::vec((steps(), 0_u64..200), 1..12),
+        wide in any::<bool>(),
     ) {
-        let mut world = World::new();
+        // A wide part takes two stores for each of its 1024 entries before there is anything to lose.
+        let (entries, mut begin) = if wide { (TOO_FEW, 2048) } else { (32, 0) };
+        let mut world = World::new(entries);
         for (steps, stores) in lives {
-            world.live(&steps, stores);
+            world.live(&steps, begin + stores);
+            begin = 0;
         }
         world.settle();
     }

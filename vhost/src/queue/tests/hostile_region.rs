@@ -20,7 +20,7 @@ impl Shared {
         let (shape, file) = Region::make(1, ENTRIES).expect("region");
         let theirs = file.try_clone().expect("clone");
         let region = Region::open(shape, theirs).expect("a fresh region");
-        let part = region.part(0).expect("part");
+        let part = region.part(0, ENTRIES).expect("part");
         Self { part, file }
     }
 
@@ -102,7 +102,7 @@ fn a_part_that_is_too_small_for_the_ring_is_refused() {
     let region = Region::open(shape, file).expect("open");
     let guest = Guest::new();
     let mut setup = Guest::setup(&Device::new(options()), &guest.map);
-    setup.part = region.part(0).expect("part");
+    setup.part = region.part(0, 8).expect("part");
     let too_small = BadInflight::TooSmall {
         entries: 8,
         size: SIZE,

@@ -18,7 +18,7 @@ impl Kept {
     fn part(&self) -> Part {
         let file = self.file.try_clone().expect("clone");
         let region = Region::open(self.shape, file).expect("a good region");
-        region.part(3).expect("part of ring 3")
+        region.part(3, SIZE).expect("part of ring 3")
     }
 
     fn queue(&self, guest: &Guest) -> Queue {

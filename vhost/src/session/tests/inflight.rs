@@ -8,8 +8,8 @@ use vhost::vhost_user::message::VhostUserInflight;
 use super::*;
 
 const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
-/// Bytes of a region for four rings of 16 entries, with 64 KiB behind.
-const REGION_LEN: u64 = 4 * 320 + 65600;
+/// Bytes of a region for four rings of 16 entries, with 64 KiB behind, and parts for four rings of 1024.
+const REGION_LEN: u64 = 4 * 320 + 65600 + 4 * 16448;
 
 /// A region as a front-end keeps it.
 struct Kept {
@@ -19,7 +19,11 @@ struct Kept {
 
 impl Kept {
     fn ask(bench: &mut Bench) -> Self {
-        let asked = VhostUserInflight::new(0, 0, 4, SIZE);
+        Self::ask_for(bench, SIZE)
+    }
+
+    fn ask_for(bench: &mut Bench, entries: u16) -> Self {
+        let asked = VhostUserInflight::new(0, 0, 4, entries);
         let (told, file) = bench.front.get_inflight_fd(&asked).expect("a region");
         Self { told, file }
     }
@@ -265,6 +269,25 @@ fn a_region_that_cannot_be_served_is_refused_and_no_ring_starts_before_a_better_
     assert_eq!(bench.worker.running(), [0; 0]);
     kept.hand_over(&mut bench).expect("a good one");
     assert_eq!(bench.worker.running(), [0]);
+}
+
+#[test]
+fn a_ring_may_be_larger_than_the_region_was_asked_for() {
+    let mut bench = Bench::new();
+    bench.negotiate();
+    let kept = Kept::ask_for(&mut bench, SIZE / 2);
+    bench.run_on(&kept, 0);
+    for _ in 0..6 {
+        bench.post_flush();
+    }
+    bench.front.set_vring_enable(0, true).expect("scan");
+    assert_eq!(bench.worker.held(0), 6);
+    let mut bench = bench.reconnect();
+    assert_eq!(bench.guest.used(), [], "no answer");
+    bench.run_on(&kept, 6);
+    assert_eq!(bench.worker.held(0), 6);
+    let recovered = |lane: &mut Lane| lane.held.iter().all(|request| request.recovered);
+    assert!(bench.worker.with(0, recovered));
 }
 
 #[test]
