@@ -433,6 +433,7 @@ impl Paths {
         let controller = association.controller();
         let limits = Limits::new(controller, &namespace);
         let reports_access = controller.ana.is_some();
+        let traffic: Vec<_> = pairs.iter().map(|_| association.traffic()).collect();
         let retry_delays = controller.retry_delays.map(millis);
         if pairs.len() < self.lanes.len() {
             tracing::warn!(
@@ -449,7 +450,7 @@ impl Paths {
         }
         // Before anything is sent.
         self.save();
-        for (lane, pair) in self.lanes.iter().zip(pairs) {
+        for ((lane, pair), traffic) in self.lanes.iter().zip(pairs).zip(traffic) {
             let resume = Resume {
                 path: index,
                 association: number,
@@ -458,6 +459,7 @@ impl Paths {
                 retry_delays,
                 access,
                 reports_access,
+                traffic,
                 fences: Arc::clone(&fences),
             };
             lane.send(LaneMessage::Resume(Box::new(resume))).await;

@@ -707,6 +707,7 @@ impl Lane for DeviceLane {
         for (ring, kick) in self.kicked_rings().zip(kicks) {
             ring.scan |= std::mem::take(&mut kick.readable);
         }
+        self.paths.tell_traffic();
         // Completions before new work: they make room for it.
         let mut again = self.paths.progress(path_ready);
         self.settle();
@@ -735,6 +736,7 @@ impl Lane for DeviceLane {
             again |= self.rearm();
         }
         self.paths.watch_overdue(Instant::now);
+        self.paths.tell_traffic();
         self.publish_counters();
         if again { Turn::Again } else { Turn::Idle }
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use nvmf::host::QueueTraffic;
 use nvmf::transport::HostQueuePair;
 use tokio::sync::{mpsc, oneshot};
 use vhost_user_blk::{Queue, QueueUpdate};
@@ -121,6 +122,8 @@ pub(crate) struct Resume {
     pub(crate) access: Access,
     /// The controller tells, and tells when it changes.
     pub(crate) reports_access: bool,
+    /// Where its commands count as signs of life, if they do.
+    pub(crate) traffic: Option<QueueTraffic>,
     /// All of the disk's.
     pub(crate) fences: Arc<Fences>,
 }

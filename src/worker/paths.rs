@@ -4,6 +4,7 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+use nvmf::host::QueueTraffic;
 use nvmf::spec::{Sqe, Status};
 use nvmf::transport::{
     Completion, Counters, HostQueuePair, Ready, Rejected, RejectedReason, Transfer,
@@ -32,6 +33,9 @@ struct Live {
     /// Milliseconds that the controller may ask to wait for.
     retry_delays: [u64; 3],
     outstanding: Outstanding,
+    /// Where commands count that the controller has answered; and those.
+    traffic: Option<QueueTraffic>,
+    answered: u64,
     /// Why we have ended it.
     cause: Option<String>,
 }
@@ -99,6 +103,7 @@ impl Paths {
             access,
             reports_access,
             retry_delays,
+            traffic,
             fences: _,
         } = resume;
         self.generation = self.generation.wrapping_add(1);
@@ -111,6 +116,8 @@ impl Paths {
             reports_access,
             retry_delays,
             outstanding: Outstanding::default(),
+            traffic,
+            answered: 0,
             cause: None,
         });
         // Their order is that of the paths, whichever came first.
@@ -151,6 +158,15 @@ impl Paths {
         }
     }
 
+    /// Tells keep-alive what was answered up to now. To be called where a turn begins, and where it ends.
+    pub(super) fn tell_traffic(&mut self) {
+        for live in &mut self.live {
+            if let Some(traffic) = &mut live.traffic {
+                traffic.note(live.answered, live.pair.outstanding());
+            }
+        }
+    }
+
     /// Sends and receives on every path. True when one has more to do at once.
     pub(super) fn progress(&mut self, ready: &mut [Ready]) -> bool {
         let mut more = false;
@@ -176,6 +192,7 @@ impl Paths {
             completion.token = live.outstanding.settle(completion.token);
             let made_up = !completion.sqhd_valid
                 && completion.cqe.status().code() == Status::ABORTED_BY_HOST.code();
+            live.answered += u64::from(!made_up);
             let unknown = made_up && live.pair.ending().is_some();
             Some((live.path, completion, unknown))
         })

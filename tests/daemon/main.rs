@@ -36,6 +36,7 @@ mod handover;
 mod hostile;
 mod hotplug;
 mod inflight;
+mod keep_alive;
 mod kills;
 mod links;
 mod local;

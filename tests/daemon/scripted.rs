@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nvmf::spec::discovery::{DiscoveryHeader, RECORD_LEN};
 use nvmf::spec::fabrics::SQHD_FLOW_DISABLED;
@@ -94,6 +94,8 @@ struct Seen {
     configurations: Mutex<Vec<u32>>,
     /// Commands of I/O queues, with their data.
     commands: Mutex<Vec<(Sqe, Vec<u8>)>>,
+    /// When Keep Alive commands came.
+    keep_alives: Mutex<Vec<Instant>>,
 }
 
 impl Scripted {
@@ -145,6 +147,12 @@ impl Scripted {
         all.iter().map(|cc| Cc(*cc)).collect()
     }
 
+    /// When Keep Alive commands came.
+    pub(crate) fn keep_alives(&self) -> Vec<Instant> {
+        let all = self.seen.keep_alives.lock();
+        all.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Commands of I/O queues since the last call, with the data that they brought.
     pub(crate) fn take_commands(&self) -> Vec<(Sqe, Vec<u8>)> {
         let mut all = (self.seen.commands.lock()).unwrap_or_else(PoisonError::into_inner);
@@ -193,6 +201,11 @@ impl Connection<'_> {
                 let all = self.seen.commands.lock();
                 let mut all = all.unwrap_or_else(PoisonError::into_inner);
                 all.push((sqe, data));
+            }
+            if self.admin && sqe.opcode == admin::KEEP_ALIVE {
+                let all = self.seen.keep_alives.lock();
+                all.unwrap_or_else(PoisonError::into_inner)
+                    .push(Instant::now());
             }
             self.answer(&sqe)?;
         }

@@ -21,6 +21,7 @@ use super::inquiry::Inquiry;
 use super::keepalive::KeepAlive;
 use super::namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector};
 use super::options::HostOptions;
+use super::traffic::{QueueTraffic, Traffic};
 use crate::spec::fabrics::CNTLID_DYNAMIC;
 use crate::spec::property::Cc;
 use crate::spec::{Nqn, Sqe, Status, feature};
@@ -55,6 +56,8 @@ pub struct Association {
     admin: Admin,
     admin_task: JoinHandle<()>,
     keep_alive: Option<KeepAlive>,
+    /// Where traffic counts for it.
+    traffic: Option<Traffic>,
     events: Option<Events>,
     losses: LossReport,
 }
@@ -178,8 +181,11 @@ impl Association {
         let cap = read_capabilities(&bounded).await?;
         let cc = enable(&mut bounded, cap).await?;
         // The controller's timer runs from here on, and identifying may take its time.
-        let keep_alive = (kato != 0)
-            .then(|| KeepAlive::start(admin.clone(), Duration::from_millis(kato.into())));
+        let keep_alive = |traffic| {
+            let kato = Duration::from_millis(kato.into());
+            (!kato.is_zero()).then(|| KeepAlive::start(admin.clone(), kato, traffic))
+        };
+        let mut kept_alive = keep_alive(None);
         let identified = async {
             let mut info =
                 identify_controller(&bounded, parties.subnqn, cap, connected.cntlid).await?;
@@ -196,11 +202,15 @@ impl Association {
         let (info, granted) = match identified.await {
             Ok(identified) => identified,
             Err(error) => {
-                drop(keep_alive);
+                drop(kept_alive);
                 shut_down(&admin, cc, FAILED_SHUTDOWN).await;
                 return Err(error);
             }
         };
+        let traffic = info.liveness.traffic_based.then(Traffic::new);
+        if let Some(traffic) = &traffic {
+            kept_alive = keep_alive(Some(traffic.share()));
+        }
         tracing::debug!(
             controller = %info.address, cntlid = info.cntlid, subnqn = %info.subnqn,
             model = info.model, serial = info.serial, firmware = info.firmware,
@@ -214,7 +224,8 @@ impl Association {
             granted,
             admin,
             admin_task,
-            keep_alive,
+            keep_alive: kept_alive,
+            traffic,
             events: None,
             losses,
         })
@@ -393,6 +404,14 @@ impl Association {
         };
         connect_queue(&mut driven, parties, queue, deadline).await?;
         Ok(driven.into_pair())
+    }
+
+    /// For whoever drives an I/O queue pair, one for each: what to tell of its commands, so that they count as signs of
+    /// life and Keep Alive commands are left out beside them. `None` where there is nothing to gain: without keep-alive, and with a
+    /// controller that does not count traffic ([`ControllerInfo::liveness`]).
+    pub fn traffic(&self) -> Option<QueueTraffic> {
+        let traffic = self.traffic.as_ref().filter(|_| self.keep_alive.is_some());
+        traffic.map(Traffic::of_queue)
     }
 
     /// Tells when the association is lost, and how: once, the first cause. A loss from before this

@@ -13,6 +13,7 @@ mod address;
 mod admin;
 mod ana;
 mod association;
+mod beats;
 mod connect;
 mod dial;
 pub mod discovery;
@@ -29,6 +30,7 @@ mod scripted;
 mod survey;
 #[cfg(test)]
 mod tests;
+mod traffic;
 
 pub use crate::spec::ana::AnaState;
 pub use crate::transport::tcp::LocalEnd;
@@ -41,3 +43,4 @@ pub use identify::{ControllerInfo, DeallocateLimits, Liveness};
 pub use inquiry::Inquiry;
 pub use namespace::{ListedNamespace, NamespaceInfo, NamespaceSelector, OptimalIo};
 pub use options::HostOptions;
+pub use traffic::QueueTraffic;

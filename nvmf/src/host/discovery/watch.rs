@@ -94,7 +94,7 @@ impl DiscoveryWatch {
         Self {
             events,
             keep_alive: (kato != 0)
-                .then(|| KeepAlive::start(admin.clone(), Duration::from_millis(kato.into()))),
+                .then(|| KeepAlive::start(admin.clone(), Duration::from_millis(kato.into()), None)),
             news,
             look: Some(SOON),
             tells: controller.events.optional & config::DISCOVERY_CHANGE != 0,

@@ -9,6 +9,7 @@ mod lies;
 mod liveness;
 mod namespaces;
 mod referrals;
+mod traffic;
 mod watch;
 
 use std::net::SocketAddr;
