@@ -249,7 +249,8 @@ pub(crate) struct AttachArgs {
         value_parser = value_parser!(i32).range(limits::LOSS_SECONDS)
     )]
     pub(crate) fast_io_fail_tmo: i32,
-    /// Seconds for which a queue that the VMM stops may wait for a lost controller; see --drain-policy
+    /// Seconds for which a queue that the VMM stops may wait for a lost controller (see --drain-policy), and, when
+    /// the guest migrates, again for what such a one may still write
     #[arg(
         long,
         value_name = "S",

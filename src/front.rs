@@ -194,7 +194,8 @@ impl Front {
 
     fn rings(&self) -> Arc<dyn Rings> {
         let (placement, session) = (Arc::clone(&self.placement), self.session.clone());
-        Arc::new(LaneRings::new(placement, session, self.drain))
+        let name = self.name.clone();
+        Arc::new(LaneRings::new(name, placement, session, self.drain))
     }
 
     /// What the disk is now.

@@ -1,5 +1,7 @@
 //! The rings of a disk as its front-end's session sees them: handed to lanes, changed there, and taken back, in time.
 
+mod settling;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -25,6 +27,8 @@ type Step = (Duration, fn(usize) -> LaneMessage);
 
 /// See the module.
 pub(crate) struct LaneRings {
+    /// The disk, for the log.
+    name: String,
     placement: Arc<Placement>,
     session: mpsc::Sender<SessionNews>,
     drain: Drain,
@@ -38,11 +42,13 @@ pub(crate) struct LaneRings {
 impl LaneRings {
     /// None runs yet. Called in the control plane's runtime.
     pub(crate) fn new(
+        name: String,
         placement: Arc<Placement>,
         session: mpsc::Sender<SessionNews>,
         drain: Drain,
     ) -> Self {
         Self {
+            name,
             placement,
             session,
             drain,
@@ -151,10 +157,9 @@ impl Rings for LaneRings {
             self.stopped();
         }
         // The front-end's region tells a successor what is fenced; without one nobody does.
-        let fenced = self
-            .tell(|done| SessionNews::Fenced { done })
-            .unwrap_or(true);
-        if fenced && !self.kept.load(Ordering::Relaxed) {
+        // So it does when there is nobody left to ask.
+        let fenced = self.tell(|done| SessionNews::Fenced { done });
+        if fenced.is_none_or(|left| left.is_some()) && !self.kept.load(Ordering::Relaxed) {
             for queue in queues {
                 self.start(queue.index(), queue);
             }
@@ -163,6 +168,11 @@ impl Rings for LaneRings {
             );
         }
         Ok(queues)
+    }
+
+    fn settle(&self) {
+        let fenced = || self.tell(|done| SessionNews::Fenced { done });
+        settling::settle(&self.name, self.drain.timeout, fenced);
     }
 
     fn region(&self, tail: Option<Tail>) {

@@ -50,10 +50,10 @@ pub(crate) enum SessionNews {
         /// Answered when the region says what it may still write.
         done: oneshot::Sender<()>,
     },
-    /// The rings are paused for a successor.
+    /// The rings are stopped, for a successor or for the guest to go on elsewhere.
     Fenced {
-        /// Answered with whether there is something that an association may still write that was lost.
-        done: oneshot::Sender<bool>,
+        /// Answered with how long an association that was lost may still write something; `None` when there is nothing.
+        done: oneshot::Sender<Option<Duration>>,
     },
     /// The session is over: the region is somebody else's.
     Over {
@@ -149,7 +149,9 @@ impl Paths {
             }
             Some(SessionNews::Fenced { done }) => {
                 self.collect_losses().await;
-                let _ = done.send(!self.fences.is_empty());
+                let last = self.fences.iter().map(|fence| fence.deadline).max();
+                let left = last.map(|last| last.saturating_sub(self.now()));
+                let _ = done.send(left.map(Duration::from_millis));
             }
             Some(SessionNews::Over { done }) => {
                 self.earlier.kept = None;

@@ -43,6 +43,8 @@ mod local;
 mod local_end;
 mod malformed;
 mod migration;
+mod migration_fences;
+mod migration_sectors;
 mod multipath;
 mod options;
 mod outages;

@@ -26,18 +26,18 @@ use crate::ring::{RING_BYTES, Ring, into, out};
 
 const LOG_ALL: u64 = 1 << 26;
 const PAGE: u64 = 4096;
-const RINGS: usize = 2;
+pub(crate) const RINGS: usize = 2;
 
 /// A front-end that can migrate its guest.
-struct Migrating {
-    guest: FrontEnd,
+pub(crate) struct Migrating {
+    pub(crate) guest: FrontEnd,
     log: File,
     bytes: u64,
 }
 
 impl Migrating {
     #[track_caller]
-    fn connect(socket: &Path) -> Self {
+    pub(crate) fn connect(socket: &Path) -> Self {
         let memory = Memory::new();
         let ring = |index| {
             let base = RING_BYTES * u64::try_from(index).expect("a small number");
@@ -62,7 +62,7 @@ impl Migrating {
 
     /// Begins to log, as QEMU does.
     #[track_caller]
-    fn begin(&self) {
+    pub(crate) fn begin(&self) {
         let region = VhostUserDirtyLogRegion {
             mmap_size: self.bytes,
             mmap_offset: 0,
@@ -135,7 +135,7 @@ impl Migrating {
     }
 }
 
-fn negotiate(socket: &Path) -> (Frontend, u64) {
+pub(crate) fn negotiate(socket: &Path) -> (Frontend, u64) {
     let more = VhostUserProtocolFeatures::LOG_SHMFD | VhostUserProtocolFeatures::DEVICE_STATE;
     let (mut frontend, features) = negotiate_with(socket, LOG_ALL, more);
     assert_ne!(features & feature::EVENT_IDX, 0);
@@ -144,7 +144,7 @@ fn negotiate(socket: &Path) -> (Frontend, u64) {
 }
 
 #[track_caller]
-fn start(guest: &mut FrontEnd, bases: [u16; RINGS]) {
+pub(crate) fn start(guest: &mut FrontEnd, bases: [u16; RINGS]) {
     let regions = guest.memory.regions();
     guest
         .frontend
@@ -186,7 +186,7 @@ fn await_all(guest: &mut FrontEnd) {
 }
 
 #[track_caller]
-fn a_copy_keeps_up(disk: &Attach) {
+pub(crate) fn a_copy_keeps_up(disk: &Attach) {
     let mut migrating = Migrating::connect(&disk.socket);
     // Before, and in between, nothing is marked.
     for migration in 0..2 {
@@ -280,7 +280,7 @@ fn two_daemons_have_one_namespace_and_a_guest_goes_from_one_to_the_other() {
 }
 
 /// Saves the state of a device whose rings are stopped.
-fn save(frontend: &Frontend) -> Vec<u8> {
+pub(crate) fn save(frontend: &Frontend) -> Vec<u8> {
     let (mut reader, writer) = std::io::pipe().expect("a pipe");
     let stopped = VhostTransferStatePhase::STOPPED;
     let save = VhostTransferStateDirection::SAVE;

@@ -54,6 +54,10 @@ pub trait Rings: Send + Sync {
     /// Why they run on.
     fn pause(&self, rings: &[usize]) -> Result<Vec<Queue>, String>;
 
+    /// The guest may go on elsewhere once this returns, and write there. No ring is running. Waits until nothing of
+    /// what was given up on can be carried out late any more, no longer than the front-end can be kept waiting.
+    fn settle(&self) {}
+
     /// Rings that start from now on use another in-flight region, whose private tail this is: a new
     /// one, or one that an earlier life has left. `None` when there is none any more, because the
     /// session is over or the region was refused. No ring is running.

@@ -175,6 +175,10 @@ impl FrontEnd {
         if self.transfer.as_ref().is_some_and(Transfer::is_stuck) {
             return Err("the transfer before has not ended".to_owned());
         }
+        if direction == VhostTransferStateDirection::SAVE {
+            // Whoever loads it goes on with the disk.
+            self.settle();
+        }
         let state = DeviceState::of(&self.device, self.writeback).to_bytes();
         let transfer = Transfer::start(direction, file, state.to_vec());
         self.transfer = Some(transfer.map_err(|error| error.to_string())?);

@@ -151,6 +151,13 @@ impl FrontEnd {
         }
     }
 
+    /// Waits until nothing is carried out late, before the guest goes on elsewhere: once the last ring has stopped.
+    pub(super) fn settle(&self) {
+        if self.vrings.iter().all(|vring| !vring.running) {
+            self.rings.settle();
+        }
+    }
+
     /// As [`Self::suspend`], for all rings.
     pub(super) fn suspend_all(&mut self) {
         for at in 0..self.vrings.len() {
@@ -167,10 +174,15 @@ impl FrontEnd {
             }
             return VhostUserVringState::new(index, 0);
         };
+        let ran = self.vrings[at].running;
         if leave {
             self.suspend(at);
         } else {
             self.stop(at);
+        }
+        // A region goes with the guest, and its tail with what has to be known.
+        if ran && self.is_logging() && !(leave && self.keeps_region()) {
+            self.settle();
         }
         self.vrings[at].kick = Kick::Stopped;
         VhostUserVringState::new(index, u32::from(self.vrings[at].base))

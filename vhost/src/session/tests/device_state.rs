@@ -57,7 +57,12 @@ fn a_state_that_was_saved_is_loaded_elsewhere() {
         .transfer(SAVE, writer)
         .expect_err("ring 0 is running");
     source.front.get_vring_base(0).expect("base");
+    let settled = |bench: &Bench| bench.worker.events().contains(&"settle".to_owned());
+    assert!(!settled(&source), "nobody goes on elsewhere");
     let state = source.save();
+    assert!(settled(&source), "somebody may");
+    source.load(&state).expect("its own");
+    assert!(!settled(&source));
     assert_eq!(source.save(), state, "as often as wanted");
     source.goes_on();
     source.close().3.expect("orderly");

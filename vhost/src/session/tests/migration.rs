@@ -319,3 +319,42 @@ fn memory_that_was_taken_away_is_marked_for_what_still_arrives_in_it() {
     assert_eq!(log.take(), [USED_PAGE, STATUS_PAGE, data]);
     bench.close().3.expect("orderly");
 }
+
+#[test]
+fn a_guest_that_may_go_on_elsewhere_waits_with_its_last_ring_and_no_other_does() {
+    let mut bench = Bench::new();
+    bench.run_unlogged();
+    bench.set_up_ring(1);
+    bench.front.set_vring_enable(1, true).expect("enable");
+    bench.worker.events();
+    let stop = |bench: &Bench| {
+        for ring in [1, 0] {
+            bench.front.get_vring_base(ring).expect("base");
+        }
+        let events = bench.worker.events().into_iter();
+        events
+            .filter(|event| !event.starts_with("log "))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(stop(&bench), ["stop 1", "stop 0"]);
+    let start = |bench: &mut Bench| {
+        for ring in [0, 1] {
+            bench.set_up_ring(ring);
+        }
+        bench.worker.events();
+    };
+    start(&mut bench);
+    let log = Log::new("log-of-a-guest-that-goes");
+    bench.log_all(&log);
+    assert_eq!(stop(&bench), ["stop 1", "stop 0", "settle"]);
+    assert_eq!(stop(&bench), [""; 0], "they do not run");
+    // The migration has failed.
+    bench
+        .front
+        .set_features(bench.features())
+        .expect("features");
+    bench.log_ring(false);
+    start(&mut bench);
+    assert_eq!(stop(&bench), ["stop 1", "stop 0"]);
+    bench.close().3.expect("orderly");
+}
