@@ -158,6 +158,16 @@ impl FrontEnd {
         }
     }
 
+    /// Stops ring `at` for SET_VRING_ENABLE. QEMU disables each ring before it asks for its base, so where
+    /// that leaves requests, so does this; a ring that is enabled again takes them up.
+    pub(super) fn disable(&mut self, at: usize) {
+        if self.base_leaves_requests() {
+            self.suspend(at);
+        } else {
+            self.stop(at);
+        }
+    }
+
     /// As [`Self::suspend`], for all rings.
     pub(super) fn suspend_all(&mut self) {
         for at in 0..self.vrings.len() {
