@@ -144,6 +144,7 @@ impl FrontEnd {
             return;
         };
         if std::mem::replace(&mut vring.running, false) {
+            self.unsettled = true;
             match self.rings.suspend(at) {
                 Some(queue) => vring.base = queue.next_avail(),
                 None => tracing::error!(ring = at, "a running ring did not come back"),
@@ -152,8 +153,9 @@ impl FrontEnd {
     }
 
     /// Waits until nothing is carried out late, before the guest goes on elsewhere: once the last ring has stopped.
-    pub(super) fn settle(&self) {
+    pub(super) fn settle(&mut self) {
         if self.vrings.iter().all(|vring| !vring.running) {
+            self.unsettled = false;
             self.rings.settle();
         }
     }
@@ -184,14 +186,13 @@ impl FrontEnd {
             }
             return VhostUserVringState::new(index, 0);
         };
-        let ran = self.vrings[at].running;
         if leave {
             self.suspend(at);
         } else {
             self.stop(at);
         }
-        // A region goes with the guest, and its tail with what has to be known.
-        if ran && self.is_logging() && !(leave && self.keeps_region()) {
+        // A region goes with the guest, and its tail with what has to be known. QEMU has disabled the rings before.
+        if self.unsettled && self.is_logging() && !(leave && self.keeps_region()) {
             self.settle();
         }
         self.vrings[at].kick = Kick::Stopped;
