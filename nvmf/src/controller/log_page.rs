@@ -1,11 +1,12 @@
 //! What Get Log Page answers: the supported pages, errors, health, firmware slots, changed namespaces,
-//! commands and effects, asymmetric access.
+//! commands and effects, asymmetric access, resets of other controllers.
 
 use super::Limits;
 use super::association::Association;
 use super::identify::firmware;
 use super::subsystem::Subsystem;
 use crate::spec::ana::LSP_GROUPS_ONLY;
+use crate::spec::cross_reset::REMOVE_COMPLETED;
 use crate::spec::log::{GetLogPage, RETAIN_EVENT, lid};
 use crate::spec::opcode::{admin, nvm};
 use crate::spec::{Sqe, Status};
@@ -72,6 +73,14 @@ pub(super) fn get(
             let groups = subsystem.ana();
             groups.map_or_else(Vec::new, |it| it.log(subsystem.namespaces(), groups_only))
         }
+        lid::CROSS_CONTROLLER_RESET => {
+            if !retain {
+                // Before it is made: what ends meanwhile is reported.
+                association.notices(super::notices::Notices::cross_reset_read);
+            }
+            let remove = sqe.cdw10.get() & REMOVE_COMPLETED != 0;
+            association.cross_resets(|resets| resets.log(remove))
+        }
         _ => return Err(Status::INVALID_FIELD.do_not_retry()),
     };
     part(page, request)
@@ -89,6 +98,7 @@ fn supported(subsystem: &Subsystem) -> Vec<u8> {
         lid::FIRMWARE,
         lid::CHANGED_NAMESPACES,
         lid::EFFECTS,
+        lid::CROSS_CONTROLLER_RESET,
     ]
     .into_iter()
     .chain(subsystem.ana().map(|_| lid::ANA))
@@ -154,6 +164,7 @@ fn effects() -> Vec<u8> {
         admin::GET_FEATURES,
         admin::ASYNC_EVENT_REQUEST,
         admin::KEEP_ALIVE,
+        admin::CROSS_CONTROLLER_RESET,
     ] {
         set(0, opcode, SUPPORTED);
     }

@@ -19,6 +19,7 @@ mod association;
 mod buffers;
 mod compare;
 mod connection;
+mod cross_reset;
 mod discovery;
 mod fabrics;
 mod features;
