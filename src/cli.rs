@@ -387,6 +387,10 @@ pub(crate) struct ExportArgs {
         value_parser = value_parser!(u16).range(limits::NR_IO_QUEUES)
     )]
     pub(crate) nr_io_queues: u16,
+    /// Cross-Controller Resets that a host can have going on at one controller, to learn when another one
+    /// that it has lost is done; 0: none
+    #[arg(long, value_name = "N", default_value_t = limits::DEFAULT_CCRL)]
+    pub(crate) ccrl: u8,
     #[command(flatten)]
     pub(crate) workers: WorkerArgs,
     /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with

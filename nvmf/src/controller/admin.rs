@@ -112,8 +112,8 @@ impl Admin<'_> {
                     Value::Data(data) => Answer::Data(data),
                 }),
             admin::KEEP_ALIVE => Ok(Answer::Result(0)),
-            admin::CROSS_CONTROLLER_RESET if !is_discovery => {
-                cross_reset::reset(sqe, self.association, self.subsystem)
+            admin::CROSS_CONTROLLER_RESET if !is_discovery && limits.cross_resets > 0 => {
+                cross_reset::reset(sqe, self.association, self.subsystem, limits.cross_resets)
                     .map(|dw0| Answer::Result(u64::from(dw0)))
             }
             admin::ASYNC_EVENT_REQUEST if self.held < usize::from(limits.async_events) => {

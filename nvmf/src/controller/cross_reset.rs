@@ -20,9 +20,6 @@ use crate::spec::cross_reset::{
 use crate::spec::fabrics::CNTLID_MAX;
 use crate::spec::{ControllerInstance, Sqe, Status};
 
-/// Resets that one controller sees to at a time (CCRL).
-pub(super) const LIMIT: u8 = 4;
-
 /// The uniquifier after this one.
 pub(super) fn next_ciu(ciu: u8) -> u8 {
     ciu.checked_add(1).unwrap_or(1)
@@ -47,16 +44,16 @@ struct Reset {
 pub(super) struct CrossResets(Vec<Reset>);
 
 impl CrossResets {
-    /// Notes that one goes on.
+    /// Notes that one goes on, of at most `limit`.
     ///
     /// # Errors
     /// The status to answer with.
-    fn begin(&mut self, impacted: ControllerInstance) -> Result<(), Status> {
+    fn begin(&mut self, impacted: ControllerInstance, limit: u8) -> Result<(), Status> {
         let going_on = || self.0.iter().filter(|reset| !reset.done);
         if going_on().any(|reset| reset.impacted == impacted) {
             return Err(Status::CROSS_RESET_IN_PROGRESS.do_not_retry());
         }
-        if going_on().count() >= usize::from(LIMIT) {
+        if going_on().count() >= usize::from(limit) {
             return Err(Status::CROSS_RESET_LIMIT_EXCEEDED);
         }
         if self.0.len() >= ENTRIES_MAX {
@@ -125,6 +122,7 @@ pub(super) fn reset(
     sqe: &Sqe,
     asked: &Arc<Association>,
     subsystem: &Subsystem,
+    limit: u8,
 ) -> Result<u32, Status> {
     let instance = ControllerInstance::from_sqe(sqe);
     if instance.cntlid == asked.cntlid() || instance.cntlid > CNTLID_MAX {
@@ -136,7 +134,7 @@ pub(super) fn reset(
     if impacted.host() != asked.host() {
         return Err(Status::INVALID_FIELD.do_not_retry());
     }
-    asked.cross_resets(|resets| resets.begin(instance))?;
+    asked.cross_resets(|resets| resets.begin(instance, limit))?;
     if impacted.end_for(asked) {
         asked.cross_resets(|resets| resets.withdraw(instance));
         return Ok(IMMEDIATE);
@@ -147,6 +145,8 @@ pub(super) fn reset(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LIMIT: u8 = 4;
 
     fn instance(cntlid: u16) -> ControllerInstance {
         ControllerInstance {
@@ -168,23 +168,23 @@ mod tests {
     fn so_many_go_on_at_a_time_and_no_two_of_one_controller() {
         let mut resets = CrossResets::default();
         for cntlid in 1..=u16::from(LIMIT) {
-            resets.begin(instance(cntlid)).unwrap();
+            resets.begin(instance(cntlid), LIMIT).unwrap();
         }
-        let again = resets.begin(instance(1)).unwrap_err();
+        let again = resets.begin(instance(1), LIMIT).unwrap_err();
         assert_eq!(again.code(), Status::CROSS_RESET_IN_PROGRESS.code());
-        let more = resets.begin(instance(9)).unwrap_err();
+        let more = resets.begin(instance(9), LIMIT).unwrap_err();
         assert_eq!(more.code(), Status::CROSS_RESET_LIMIT_EXCEEDED.code());
         resets.complete(instance(2));
-        resets.begin(instance(9)).unwrap();
+        resets.begin(instance(9), LIMIT).unwrap();
         resets.withdraw(instance(9));
-        resets.begin(instance(2)).unwrap();
+        resets.begin(instance(2), LIMIT).unwrap();
     }
 
     #[test]
     fn what_is_over_stays_in_the_log_until_its_removal_is_asked_for() {
         let mut resets = CrossResets::default();
-        resets.begin(instance(1)).unwrap();
-        resets.begin(instance(2)).unwrap();
+        resets.begin(instance(1), LIMIT).unwrap();
+        resets.begin(instance(2), LIMIT).unwrap();
         resets.complete(instance(1));
         for remove in [false, true] {
             let page = resets.log(remove);
@@ -198,13 +198,13 @@ mod tests {
     fn a_log_that_nobody_reads_is_full_some_day() {
         let mut resets = CrossResets::default();
         for cntlid in 1..=ENTRIES_MAX as u16 {
-            resets.begin(instance(cntlid)).unwrap();
+            resets.begin(instance(cntlid), LIMIT).unwrap();
             resets.complete(instance(cntlid));
         }
-        let full = resets.begin(instance(1000)).unwrap_err();
+        let full = resets.begin(instance(1000), LIMIT).unwrap_err();
         assert_eq!(full.code(), Status::CROSS_RESET_LOG_FULL.code());
         assert_eq!(entries(&resets.log(true)).len(), ENTRIES_MAX);
-        resets.begin(instance(1000)).unwrap();
+        resets.begin(instance(1000), LIMIT).unwrap();
     }
 
     #[test]

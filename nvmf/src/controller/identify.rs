@@ -2,10 +2,10 @@
 
 use zerocopy::{FromZeros, IntoBytes};
 
+use super::ana;
 use super::registers::VERSION;
 use super::subsystem::{MAX_NSID, Namespace, Subsystem};
 use super::{Limits, PAGE};
-use super::{ana, cross_reset};
 use crate::spec::ana::anacap;
 use crate::spec::event::config;
 use crate::spec::identify::{
@@ -77,10 +77,12 @@ pub(super) fn identify(
         }),
         cns::CONTROLLER => {
             let mut id = controller(subsystem, instance.cntlid, limits);
-            id.oaes = (id.oaes.get() | config::CROSS_CONTROLLER_RESET).into();
-            id.ciu = instance.ciu;
-            id.cirn = instance.cirn.into();
-            id.ccrl = cross_reset::LIMIT;
+            if limits.cross_resets > 0 {
+                id.oaes = (id.oaes.get() | config::CROSS_CONTROLLER_RESET).into();
+                id.ciu = instance.ciu;
+                id.cirn = instance.cirn.into();
+                id.ccrl = limits.cross_resets;
+            }
             Ok(id.as_bytes().to_vec())
         }
         cns::ACTIVE_NAMESPACES => active_namespaces(subsystem, nsid),

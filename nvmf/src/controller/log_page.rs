@@ -55,12 +55,12 @@ pub(super) fn get(
     let request = request(sqe, data_len, limits)?;
     let retain = sqe.cdw10.get() & RETAIN_EVENT != 0;
     let page = match request.lid {
-        lid::SUPPORTED => supported(subsystem),
+        lid::SUPPORTED => supported(subsystem, limits),
         // No error is ever recorded, so every entry, at any offset, is an empty one.
         lid::ERROR => return Ok(vec![0; request.len as usize]),
         lid::HEALTH => health(subsystem, hours),
         lid::FIRMWARE => firmware_slots(),
-        lid::EFFECTS => effects(),
+        lid::EFFECTS => effects(limits),
         lid::CHANGED_NAMESPACES => {
             association.notices(|notices| notices.changed_namespaces(request, retain))
         }
@@ -73,7 +73,7 @@ pub(super) fn get(
             let groups = subsystem.ana();
             groups.map_or_else(Vec::new, |it| it.log(subsystem.namespaces(), groups_only))
         }
-        lid::CROSS_CONTROLLER_RESET => {
+        lid::CROSS_CONTROLLER_RESET if limits.cross_resets > 0 => {
             if !retain {
                 // Before it is made: what ends meanwhile is reported.
                 association.notices(super::notices::Notices::cross_reset_read);
@@ -87,7 +87,7 @@ pub(super) fn get(
 }
 
 /// Supported Log Pages (Base 2.0): a dword for each identifier.
-fn supported(subsystem: &Subsystem) -> Vec<u8> {
+fn supported(subsystem: &Subsystem, limits: &Limits) -> Vec<u8> {
     /// The page exists. Offsets are in bytes, so there is no index offset.
     const SUPPORTED: u32 = 1;
     let mut page = vec![0; 1024];
@@ -98,10 +98,10 @@ fn supported(subsystem: &Subsystem) -> Vec<u8> {
         lid::FIRMWARE,
         lid::CHANGED_NAMESPACES,
         lid::EFFECTS,
-        lid::CROSS_CONTROLLER_RESET,
     ]
     .into_iter()
     .chain(subsystem.ana().map(|_| lid::ANA))
+    .chain((limits.cross_resets > 0).then_some(lid::CROSS_CONTROLLER_RESET))
     {
         let at = usize::from(lid) * 4;
         page[at..at + 4].copy_from_slice(&SUPPORTED.to_le_bytes());
@@ -146,7 +146,7 @@ fn firmware_slots() -> Vec<u8> {
 }
 
 /// Commands Supported and Effects.
-fn effects() -> Vec<u8> {
+fn effects(limits: &Limits) -> Vec<u8> {
     const SUPPORTED: u32 = 1;
     /// The command may change blocks.
     const LBCC: u32 = 1 << 1;
@@ -164,8 +164,10 @@ fn effects() -> Vec<u8> {
         admin::GET_FEATURES,
         admin::ASYNC_EVENT_REQUEST,
         admin::KEEP_ALIVE,
-        admin::CROSS_CONTROLLER_RESET,
-    ] {
+    ]
+    .into_iter()
+    .chain((limits.cross_resets > 0).then_some(admin::CROSS_CONTROLLER_RESET))
+    {
         set(0, opcode, SUPPORTED);
     }
     for opcode in [nvm::FLUSH, nvm::READ, nvm::COMPARE] {
