@@ -554,6 +554,7 @@ Storage that fails on purpose, for tests:
           after=N, every=N, count=N
                             not the first N; the first of each N; N in all
           seed=N            another course of what is up to chance
+          firm              done after its delay also when its connection is gone: nothing recalls it
   powercut[=SIZE][:seed=N]  keep what is written in memory until it is flushed, SIZE of it [64M];
                             what is in memory is lost when this process is killed
   One write in a hundred fails and must not be retried, and reads of some blocks are slow:

@@ -34,6 +34,7 @@ fn overlapping(guest: &mut FrontEnd, since: Instant) {
     await_status(guest, 0, 1);
     let held = since.elapsed();
     guest.rings[0].wait(1);
+    eprintln!("it was held for {held:?}");
     assert!(held < PROMPT, "it was held for {held:?}");
     // By now the first has been carried out a second time, if it ever is.
     thread::sleep((HELD_BACK + WHILE).saturating_sub(since.elapsed()));
@@ -68,6 +69,48 @@ fn a_later_write_waits_for_the_next_association_and_its_answer_alone() {
     );
     attach.stop();
     assert_eq!(attach.counter("errors"), 0);
+}
+
+#[test]
+fn what_the_target_cannot_recall_is_waited_for() {
+    // From one association to the next, and from one life to the next.
+    let slow = format!("{SLOW}:firm");
+    let export = || {
+        let export = Export::start(&[&slow]);
+        let proxy = Proxy::start(export.address());
+        let uri = proxy.uri(export.subsystem());
+        (export, proxy, uri)
+    };
+    let late = |began: Instant, content: Vec<u8>| {
+        let held = began.elapsed();
+        assert!(held >= HELD_BACK, "it was held for {held:?}");
+        assert!(held < HELD_BACK + PROMPT, "it was held for {held:?}");
+        assert!(content == [2; 4096], "the first write came last");
+    };
+    let (export_of_one, proxy, uri) = export();
+    let attach = Attach::start_with(&LONG, &uri);
+    let mut guest = FrontEnd::connect(&attach.socket);
+    let began = Instant::now();
+    first(&mut guest);
+    proxy.cut_hosts_off();
+    guest.rings[0].wait(1);
+    assert_eq!(guest.write(0, 0, &[2; 4096]), OK);
+    late(began, guest.read(0, 0, 4096).1);
+    drop((attach, export_of_one));
+
+    let (_export, _proxy, uri) = export();
+    let mut disk = Disk::new();
+    disk.start_with(&LONG, &uri);
+    let mut keeper = Keeper::connect(disk.socket(), Setup::default(), KEEP);
+    let began = Instant::now();
+    post(&mut keeper, 0, 0, 0, 1);
+    thread::sleep(WHILE);
+    disk.start_with(&LONG, &uri);
+    keeper.reconnect(disk.socket());
+    keeper.guest.rings[0].wait(1);
+    assert_eq!(keeper.guest.write(0, 0, &[2; 4096]), OK);
+    late(began, keeper.guest.read(0, 0, 4096).1);
+    assert_eq!(disk.stop().counter("errors"), 0);
 }
 
 #[test]
@@ -127,6 +170,7 @@ fn what_a_killed_daemon_has_sent_is_asked_about_by_the_next() {
     await_status(&keeper.guest, 0, 1);
     let held = killed.elapsed();
     keeper.guest.rings[0].wait(1);
+    eprintln!("it was held for {held:?}");
     assert!(held < PROMPT, "it was held for {held:?}");
     thread::sleep((HELD_BACK + WHILE).saturating_sub(killed.elapsed()));
     let (status, bytes) = keeper.guest.read(0, 0, 4096);
@@ -168,6 +212,7 @@ fn what_two_lives_have_left_is_asked_about_by_a_third_when_the_target_is_there()
     post(&mut keeper, 0, 1, 0, 2);
     await_status(&keeper.guest, 0, 1);
     let held = back.elapsed();
+    eprintln!("it was held for {held:?}");
     assert!(held < PROMPT, "it was held for {held:?}");
     keeper.guest.rings[0].wait(1);
     thread::sleep(HELD_BACK);
@@ -195,6 +240,7 @@ fn another_host_name_is_not_answered_for_and_time_alone_tells() {
     await_status(&keeper.guest, 0, 1);
     let held = killed.elapsed();
     keeper.guest.rings[0].wait(1);
+    eprintln!("it was held for {held:?}");
     assert!(held > Duration::from_secs(2), "it was held for {held:?}");
     assert!(disk.attach().process.logged(ENDED).is_empty());
     assert_eq!(disk.stop().counter("errors"), 0);

@@ -171,6 +171,7 @@ fn a_write_that_a_killed_daemon_has_sent_does_not_undo_a_later_one() {
     let (status, bytes) = keeper.guest.read(0, 0, 4096);
     assert_eq!(status, OK);
     assert!(bytes == [2; 4096], "the first write came last");
+    eprintln!("it was held for {held:?}");
     assert!(held >= FENCED, "it was held for {held:?}");
     assert!(held < 3 * FENCED, "it was held for {held:?}");
     assert_eq!(disk.stop().counter("errors"), 0);

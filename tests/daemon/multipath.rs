@@ -240,6 +240,7 @@ fn a_write_that_a_lost_path_carries_out_late_does_not_undo_a_later_one_by_anothe
         let expected = [vec![1; 2048], vec![2; 4096]].concat();
         assert_eq!(content.0, OK);
         assert!(content.1 == expected, "the first write came last");
+        eprintln!("it was held for {held:?}");
         assert!(held >= FENCED, "it was held for {held:?}");
         attach.stop();
     }

@@ -497,6 +497,7 @@ fn late_write_against_a_later_one_on(ring: usize) {
     assert_eq!(content.0, OK);
     assert!(content.1 == expected, "the first write came last");
     assert!(guest.memory.read(data, 4096) == [1; 4096]);
+    eprintln!("it was held for {held:?}");
     assert!(held >= FENCED, "it was held for {held:?}");
     attach.stop();
     let back = attach.process.logged(BACK);
