@@ -387,6 +387,10 @@ pub(crate) struct ExportArgs {
         value_parser = value_parser!(u16).range(limits::NR_IO_QUEUES)
     )]
     pub(crate) nr_io_queues: u16,
+    /// Cross-Controller Resets that a host can have going on at one controller, to learn when another one
+    /// that it has lost is done; 0: none
+    #[arg(long, value_name = "N", default_value_t = limits::DEFAULT_CCRL)]
+    pub(crate) ccrl: u8,
     #[command(flatten)]
     pub(crate) workers: WorkerArgs,
     /// PATH, file:PATH[,ro][,direct], ram:SIZE or null:SIZE, each with
@@ -550,6 +554,7 @@ Storage that fails on purpose, for tests:
           after=N, every=N, count=N
                             not the first N; the first of each N; N in all
           seed=N            another course of what is up to chance
+          firm              done after its delay also when its connection is gone: nothing recalls it
   powercut[=SIZE][:seed=N]  keep what is written in memory until it is flushed, SIZE of it [64M];
                             what is in memory is lost when this process is killed
   One write in a hundred fails and must not be retried, and reads of some blocks are slow:

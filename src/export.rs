@@ -67,6 +67,7 @@ impl Export {
         let lanes = Arc::new(RoundRobin(workers));
         let limits = Limits {
             io_queues: config.io_queues,
+            cross_resets: config.ccrl,
             ..Limits::default()
         };
         let target = Target::new(vec![subsystem], limits, registry, lanes)?;

@@ -19,6 +19,9 @@ pub(crate) const MAX_NR_IO_QUEUES: u16 = 256;
 /// little until it is connected.
 pub(crate) const DEFAULT_EXPORT_IO_QUEUES: u16 = 128;
 
+/// Cross-Controller Resets going on at one controller of `export`: a host has a few paths, and loses one or all.
+pub(crate) const DEFAULT_CCRL: u8 = 4;
+
 /// Entries of an I/O submission queue. A queue of one entry is not allowed; above this only memory
 /// grows.
 pub(crate) const QUEUE_SIZE: RangeInclusive<i64> = 2..=4096;

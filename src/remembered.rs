@@ -109,6 +109,8 @@ impl Remembered {
             liveness: Liveness::default(),
             cmic: 0,
             ana: None,
+            instance: None,
+            cross_resets: 0,
             extended_log: false,
             events: EventSupport::default(),
         }

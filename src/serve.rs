@@ -85,6 +85,8 @@ impl Local {
         let limits = Limits {
             io_queues: config.host.nr_io_queues,
             queue_size: config.host.queue_size.into(),
+            // A local disk has one controller.
+            cross_resets: 0,
             ..Limits::default()
         };
         let handover = Arc::new(Handover(lanes));

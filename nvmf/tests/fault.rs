@@ -349,6 +349,38 @@ fn what_hangs_is_answered_when_the_lane_is_over_and_not_before() {
 }
 
 #[test]
+fn what_is_firm_is_done_in_its_time_although_the_lane_is_over() {
+    let rules = [
+        with(delay(50, 50), |rule| {
+            (rule.blocks, rule.firm) = (Some(1..=1), true)
+        }),
+        with(delay(10, 10), |rule| rule.blocks = Some(0..=0)),
+    ];
+    let backend = faulty(rules);
+    let mut io = BackendIo::new(Engine::Auto);
+    let began = Instant::now();
+    backend.submit(&mut io, write(1, 1), 1);
+    backend.submit(&mut io, write(0, 1), 2);
+    io.abandon();
+    let done = io.done().unwrap();
+    assert_eq!(
+        (done.token, done.result),
+        (2, Err(Status::ABORTED_SQ_DELETION))
+    );
+    assert!(io.done().is_none());
+    assert_eq!(io.in_flight(), 1, "the lane is not gone before it is");
+    while io.in_flight() > 0 {
+        assert!(readable(io.descriptor().unwrap(), Duration::from_secs(10)));
+        io.abandon();
+        if let Some(done) = io.done() {
+            assert_eq!((done.token, done.result), (1, Ok(())));
+        }
+    }
+    assert!(began.elapsed() >= Duration::from_millis(50));
+    assert_eq!(backend.counters().read().writes, 1);
+}
+
+#[test]
 fn a_lane_that_is_dropped_drops_what_is_held() {
     let backend = faulty([
         with(delay(60_000, 60_000), |_| {}),

@@ -13,6 +13,12 @@ use std::ops::Range;
 /// Records that one disk keeps. More are merged: a fence becomes wider then, and is never dropped.
 pub(crate) const MAX_FENCES: usize = 4096;
 
+/// The number of an earlier life's associations: all of them, as one.
+pub(crate) const EARLIER: u64 = 0;
+/// Instead of the number of an association: several may still write there, or one that nobody knows. Only time ends
+/// such a fence.
+pub(crate) const SEVERAL: u64 = u64::MAX;
+
 /// A request of a disk, as long as the front-end keeps its region of requests in flight: longer than a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Owner {
@@ -31,7 +37,7 @@ pub(crate) struct Fence {
     pub(crate) blocks: u64,
     /// The request whose writes they are, and which may write there again; `None` when several were merged.
     pub(crate) owner: Option<Owner>,
-    /// The association that may still write, counted from 1.
+    /// The association that may still write, counted from 1; [`EARLIER`] or [`SEVERAL`].
     pub(crate) generation: u64,
     /// When it cannot any more, in milliseconds of the owner's clock.
     pub(crate) deadline: u64,
@@ -53,7 +59,11 @@ impl Fence {
             slba,
             blocks: self.end().max(other.end()) - slba,
             owner: self.owner.filter(|_| self.owner == other.owner),
-            generation: self.generation.max(other.generation),
+            generation: if self.generation == other.generation {
+                self.generation
+            } else {
+                SEVERAL
+            },
             deadline: self.deadline.max(other.deadline),
         }
     }
@@ -146,10 +156,12 @@ impl Fences {
         self.0.len() < before
     }
 
-    /// Takes out those of one association, for tests that have no time.
-    #[cfg(test)]
-    pub(super) fn expire_generation(&mut self, generation: u64) {
-        self.0.retain(|fence| fence.generation != generation);
+    /// Takes out those of one association, which cannot write any more. Gives how many there were.
+    pub(crate) fn end(&mut self, generation: u64) -> usize {
+        let before = self.0.len();
+        let ended = |fence: &Fence| fence.generation == generation && generation != SEVERAL;
+        self.0.retain(|fence| !ended(fence));
+        before - self.0.len()
     }
 
     /// Half as many, each as wide as two neighbours and what is between them.
@@ -223,6 +235,25 @@ mod tests {
         for request in [1, 2] {
             assert!(fences.forbid(Owner { ring: 0, request }, &(4..8)));
         }
+    }
+
+    #[test]
+    fn what_an_association_leaves_ends_with_it_and_what_was_merged_with_another_s_does_not() {
+        let of = |generation, slba| Fence {
+            generation,
+            ..fence(slba, 4, slba, 100)
+        };
+        let mut fences = Fences::default();
+        for fence in [of(1, 0), of(1, 8), of(2, 16), of(3, 24), of(SEVERAL, 40)] {
+            fences.add(fence);
+        }
+        assert_eq!(fences.end(4), 0);
+        fences.halve();
+        assert_eq!(fences.end(2) + fences.end(3) + fences.end(SEVERAL), 0);
+        assert!(fences.forbid(STRANGER, &(17..18)) && fences.forbid(STRANGER, &(25..26)));
+        assert_eq!(fences.end(1), 1);
+        assert!(!fences.forbid(STRANGER, &(0..12)));
+        assert_eq!(fences.len(), 2);
     }
 
     #[test]

@@ -551,7 +551,7 @@ impl Disk {
 
     /// The fences of one association, whichever was lost before.
     fn expire(&mut self, association: u64) {
-        self.fences.expire_generation(association);
+        self.fences.end(association);
         self.record = self.fences.clone();
         let message = Message::Fences(self.fences.clone(), None);
         self.tell(&message);

@@ -5,7 +5,9 @@
 //! middle of one leaves the other. Both come back from the front-end and may be anything, so all of a copy is checked
 //! before any of it is believed; what it then says can harm nobody but the front-end's own guest.
 
-use super::fence::{Fence, Fences, Owner};
+use nvmf::spec::ControllerInstance;
+
+use super::fence::{EARLIER, Fence, Fences, Owner};
 
 /// "vnvmfrec" in the order of the bytes.
 const MAGIC: u64 = u64::from_le_bytes(*b"vnvmfrec");
@@ -19,6 +21,19 @@ const HEAD: usize = 13;
 const FENCE: usize = 5;
 /// Where the checksum is.
 const CHECKSUM: usize = 3;
+
+/// What follows the fences: "vnvmfasc", number of the copy, checksum, two for the party, associations.
+///
+/// It came later than the rest, and has a checksum of its own: programs that do not know it read the rest, and what
+/// they write has none.
+const ASSOCIATIONS: u64 = u64::from_le_bytes(*b"vnvmfasc");
+const ASSOCIATIONS_HEAD: usize = 6;
+/// Numbers of one association: controller ID and uniquifier, random number.
+const ASSOCIATION: usize = 2;
+/// Where the checksum is there.
+const ASSOCIATIONS_CHECKSUM: usize = 2;
+/// More are not told.
+pub(crate) const MAX_ASSOCIATIONS: usize = 64;
 
 /// The one flag: see [`Record::sending`].
 const SENDING: u64 = 1;
@@ -40,6 +55,17 @@ pub(crate) struct Record {
     pub(crate) quiet: u64,
     /// By the clock of that machine since it was started, suspended or not.
     pub(crate) fences: Fences,
+    /// Whose commands all of these are; `None` when that is not known of all.
+    pub(crate) associations: Option<Associations>,
+}
+
+/// Associations that may still carry commands out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Associations {
+    /// Names the host and the subsystem of all.
+    pub(crate) party: u128,
+    /// Their controllers, at most [`MAX_ASSOCIATIONS`].
+    pub(crate) controllers: Vec<ControllerInstance>,
 }
 
 /// Why there is none.
@@ -76,10 +102,17 @@ impl Record {
     /// for are merged; `None` when there is no room at all.
     pub(crate) fn encode(&self, number: u64, len: usize) -> Option<(usize, Vec<u8>)> {
         let copy = copy_len(len);
-        let room = capacity(copy);
-        if room == 0 {
+        let most = capacity(copy);
+        if most == 0 {
             return None;
         }
+        let associations = self.encode_associations(number);
+        let taken = associations.len().div_ceil(FENCE);
+        // Fences come first.
+        let (room, associations) = match most.checked_sub(taken) {
+            Some(room) if room > most / 2 => (room, associations),
+            _ => (most, Vec::new()),
+        };
         let mut fences = self.fences.clone();
         fences.squeeze(room);
         let mut numbers = vec![MAGIC, VERSION, number, 0, fences.len() as u64];
@@ -99,6 +132,7 @@ impl Record {
         if let Some(at) = numbers.get_mut(CHECKSUM) {
             *at = checksum;
         }
+        numbers.extend(associations);
         let at = if number.is_multiple_of(2) { 0 } else { copy };
         Some((
             at,
@@ -107,6 +141,25 @@ impl Record {
                 .flat_map(|number| number.to_le_bytes())
                 .collect(),
         ))
+    }
+
+    fn encode_associations(&self, number: u64) -> Vec<u64> {
+        let told = self.associations.as_ref();
+        let Some(told) = told.filter(|told| told.controllers.len() <= MAX_ASSOCIATIONS) else {
+            return Vec::new();
+        };
+        let mut numbers = vec![ASSOCIATIONS, number, 0];
+        numbers.extend(halves(told.party));
+        numbers.push(told.controllers.len() as u64);
+        for controller in &told.controllers {
+            let id = u64::from(controller.cntlid) | u64::from(controller.ciu) << 16;
+            numbers.extend([id, controller.cirn]);
+        }
+        let checksum = checksum(&numbers);
+        if let Some(at) = numbers.get_mut(ASSOCIATIONS_CHECKSUM) {
+            *at = checksum;
+        }
+        numbers
     }
 
     /// The newer copy in a tail, and its number.
@@ -172,10 +225,12 @@ impl Record {
                 slba,
                 blocks,
                 owner,
-                generation: 0,
+                generation: EARLIER,
                 deadline,
             });
         }
+        let associations = numbers.get(used..);
+        let associations = associations.and_then(|rest| decode_associations(rest, number));
         Some((
             number,
             Self {
@@ -185,9 +240,38 @@ impl Record {
                 sending: flags & SENDING != 0,
                 quiet,
                 fences,
+                associations,
             },
         ))
     }
+}
+
+/// What follows the fences of copy `number`, if it is what belongs there.
+fn decode_associations(rest: &[u64], number: u64) -> Option<Associations> {
+    let &[ASSOCIATIONS, of, sum, low, high, count, ..] = rest else {
+        return None;
+    };
+    let count = usize::try_from(count).ok()?;
+    if of != number || count > MAX_ASSOCIATIONS {
+        return None;
+    }
+    let mut covered = rest
+        .get(..ASSOCIATIONS_HEAD + count * ASSOCIATION)?
+        .to_vec();
+    *covered.get_mut(ASSOCIATIONS_CHECKSUM)? = 0;
+    if checksum(&covered) != sum {
+        return None;
+    }
+    let (controllers, _) = covered.get(ASSOCIATIONS_HEAD..)?.as_chunks::<ASSOCIATION>();
+    let controllers = controllers.iter().map(|&[id, cirn]| ControllerInstance {
+        cntlid: id as u16,
+        ciu: (id >> 16) as u8,
+        cirn,
+    });
+    Some(Associations {
+        party: whole(low, high),
+        controllers: controllers.collect(),
+    })
 }
 
 fn checksum(numbers: &[u64]) -> u64 {
@@ -211,6 +295,7 @@ mod tests {
             sending: true,
             quiet: 15_000,
             fences: Fences::default(),
+            associations: Some(associations(3)),
         };
         for at in 0..fences {
             record.fences.add(Fence {
@@ -225,6 +310,53 @@ mod tests {
             });
         }
         record
+    }
+
+    fn associations(count: u16) -> Associations {
+        let controller = |at| ControllerInstance {
+            cntlid: at,
+            ciu: 255 - at as u8,
+            cirn: u64::MAX - u64::from(at),
+        };
+        Associations {
+            party: u128::MAX - 77,
+            controllers: (0..count).map(controller).collect(),
+        }
+    }
+
+    #[test]
+    fn associations_are_told_where_there_is_room_and_only_by_the_copy_that_they_belong_to() {
+        let mut tail = vec![0; LEN];
+        let mut told = record(700);
+        for count in [0, 1, MAX_ASSOCIATIONS as u16] {
+            told.associations = Some(associations(count));
+            put(&mut tail, &told, 2);
+            let (_, read) = Record::decode(&tail).unwrap();
+            assert_eq!(read.associations, told.associations);
+            assert_eq!(fences(&read), fences(&told));
+        }
+        // Of a copy that was there before, or torn, nothing is believed.
+        let after = |fences: usize| (HEAD + FENCE * fences) * 8;
+        let mut stale = tail.clone();
+        told.associations = None;
+        put(&mut stale, &told, 4);
+        assert_eq!(Record::decode(&stale).unwrap().1.associations, None);
+        for at in [0, 8, 16, 24, 40, 48, 48 + 16 * MAX_ASSOCIATIONS - 1] {
+            let mut torn = tail.clone();
+            torn[after(700) + at] ^= 1;
+            let (_, read) = Record::decode(&torn).unwrap();
+            assert_eq!(read.associations, None, "byte {at}");
+            assert_eq!(read.fences.len(), 700);
+        }
+        told.associations = Some(associations(MAX_ASSOCIATIONS as u16 + 1));
+        put(&mut tail, &told, 6);
+        assert_eq!(Record::decode(&tail).unwrap().1.associations, None);
+        // Fences come first where there is little room.
+        let mut little = vec![0; 1024];
+        told.associations = Some(associations(20));
+        put(&mut little, &told, 6);
+        let (_, read) = Record::decode(&little).unwrap();
+        assert!(read.associations.is_none() && read.fences.len() > 1);
     }
 
     fn put(tail: &mut [u8], record: &Record, number: u64) {

@@ -27,6 +27,8 @@ pub(crate) fn controller() -> ControllerInfo {
         liveness: Liveness::default(),
         cmic: 0,
         ana: None,
+        instance: None,
+        cross_resets: 0,
         extended_log: true,
         events: EventSupport::default(),
     }

@@ -34,7 +34,7 @@ pub(crate) enum FaultError {
     /// Not a filter.
     #[error(
         "'{0}' is not a filter; there are read, write, flush, zeroes, discard, compare, lba=, \
-         rate=, after=, every=, count= and seed="
+         rate=, after=, every=, count=, seed= and firm"
     )]
     Filter(String),
     /// A filter whose value means nothing.
@@ -63,6 +63,7 @@ pub(crate) fn parse_fault(text: &str) -> Result<Fault, FaultError> {
             continue;
         }
         match field.split_once('=') {
+            None if field == "firm" => fault.firm = true,
             Some(("lba", value)) => fault.blocks = Some(blocks(value)?),
             Some(("rate", value)) => fault.rate = rate(value)?,
             Some(("after", value)) => fault.after = number("after", value, 0)?,
@@ -253,6 +254,7 @@ mod tests {
         };
         assert_eq!(fault, Ok(expected));
         assert_eq!(parse_fault("hang:lba=9").unwrap().blocks, Some(9..=9));
+        assert!(parse_fault("delay=1s:write:firm").unwrap().firm);
     }
 
     #[test]

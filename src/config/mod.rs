@@ -105,6 +105,8 @@ pub(crate) struct ExportConfig {
     pub(crate) ana_state: Option<AnaState>,
     /// I/O queues that one association of a host may have.
     pub(crate) io_queues: u16,
+    /// Cross-Controller Resets that one controller sees to at a time; 0 is none.
+    pub(crate) ccrl: u8,
     /// Who works.
     pub(crate) crew: Crew,
     /// Its namespaces, at least one, by ascending identifier from 1.
@@ -348,6 +350,7 @@ impl ExportConfig {
             allowed_hosts: (!args.allow_host.is_empty()).then_some(args.allow_host),
             ana_state: args.ana_state,
             io_queues: args.nr_io_queues,
+            ccrl: args.ccrl,
             crew: args.workers.crew(),
             namespaces,
         })

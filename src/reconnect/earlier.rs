@@ -13,7 +13,7 @@ use vhost_user_blk::Tail;
 
 use super::path::{FEAR, Path};
 use super::{Paths, millis};
-use crate::bridge::fence::{Fence, Fences};
+use crate::bridge::fence::{EARLIER, Fence, Fences, SEVERAL};
 use crate::bridge::path_choice::EARLIER_LIFE;
 use crate::bridge::record::{NoRecord, Record};
 use crate::worker::mailbox::LaneMessage;
@@ -73,7 +73,7 @@ pub(super) struct Earlier {
     /// Rings run.
     running: bool,
     /// By when the earlier life is over for certain, in milliseconds of the clock of fences.
-    over: u64,
+    pub(super) over: u64,
     boot: u128,
     /// Of an association with a controller that does not tell: this process itself.
     local_quiet: Option<Duration>,
@@ -188,6 +188,7 @@ impl Paths {
                     let over = now.saturating_add(record.quiet.min(LONGEST));
                     self.earlier.over = self.earlier.over.max(over);
                 }
+                self.inherit_lost(record.associations);
             }
             Some(Ok((of_copy, _))) => {
                 number = of_copy;
@@ -216,6 +217,7 @@ impl Paths {
             self.save();
         }
         self.tell_fences().await;
+        self.ask();
         already
     }
 
@@ -226,7 +228,7 @@ impl Paths {
             slba: 0,
             blocks: u64::MAX,
             owner: None,
-            generation: 0,
+            generation: SEVERAL,
             deadline: now.saturating_add(RINGS_COME),
         });
     }
@@ -277,9 +279,10 @@ impl Paths {
             slba: 0,
             blocks: u64::MAX,
             owner: None,
-            generation: 0,
+            generation: SEVERAL,
             deadline: self.earlier.over,
         });
+        self.inherit_lost(None);
         tracing::warn!(
             disk = self.name,
             seconds = quiet / 1000,
@@ -293,10 +296,10 @@ impl Paths {
     async fn recover(&mut self) {
         // One round is for all that have come up to now.
         while self.earlier.recovered.try_recv().is_ok() {}
-        let (requests, fences) = self.collect(EARLIER_LIFE, 0).await;
+        let (requests, fences) = self.collect(EARLIER_LIFE, EARLIER).await;
         let (now, over) = (self.now(), self.earlier.over);
         if over > now {
-            self.fences.add_all(&fences, 0, over);
+            self.fences.add_all(&fences, EARLIER, over);
         }
         tracing::info!(
             disk = self.name,
@@ -307,7 +310,7 @@ impl Paths {
         self.fence().await;
     }
 
-    async fn tell_fences(&self) {
+    pub(super) async fn tell_fences(&self) {
         let fences = Arc::new(self.fences.clone());
         self.tell(|| LaneMessage::Fences {
             fences: Arc::clone(&fences),
@@ -333,6 +336,7 @@ impl Paths {
         let quiet = millis(self.quiet());
         let (now, since_boot) = (self.now(), boot_time());
         let disk = identity(&self.namespace.namespace());
+        let associations = self.at_large(now, self.earlier.running);
         let earlier = &mut self.earlier;
         let Some(kept) = &mut earlier.kept else {
             return;
@@ -357,6 +361,7 @@ impl Paths {
             sending: (earlier.running && connected) || left > 0,
             quiet: longest.max(left).max(if connected { quiet } else { 0 }),
             fences,
+            associations,
         };
         kept.number = kept.number.wrapping_add(1);
         let written = record

@@ -7,6 +7,7 @@
 //! safe.
 
 pub(crate) mod backoff;
+mod cross_reset;
 pub(crate) mod crowd;
 pub(crate) mod earlier;
 mod moving;
@@ -23,6 +24,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use self::cross_reset::{Answer, AtLarge};
 use self::earlier::{Earlier, SessionNews};
 use self::path::{Path, Reason};
 use self::state::Event;
@@ -91,6 +93,7 @@ pub(crate) struct Paths {
     usable: usize,
     moving: bool,
     earlier: Earlier,
+    at_large: AtLarge,
     losses: mpsc::Receiver<PairLost>,
     changes: mpsc::Receiver<u64>,
     /// What runs beside.
@@ -120,6 +123,8 @@ enum News {
     Access(u64, Result<AnaLog, HostError>),
     /// All lanes have no command outstanding that the fences of this round forbid.
     Fenced(u64),
+    /// A controller was asked whether another one is done.
+    Answered(Answer),
     /// So many rings run on other lanes now.
     Moved(usize),
     /// There is nothing more to come.
@@ -163,6 +168,7 @@ impl Paths {
             lanes,
             placement,
             earlier: Earlier::new(session, recovered, local_quiet, writes_around),
+            at_large: AtLarge::default(),
             losses,
             changes,
             tasks: JoinSet::new(),
@@ -268,6 +274,7 @@ impl Paths {
             News::Reported(number, event, events) => self.reported(number, &event, events),
             News::Access(number, log) => self.access_read(number, log).await,
             News::Fenced(round) => self.fenced(round).await,
+            News::Answered(answer) => self.answered(answer).await,
             News::Moved(moved) => self.moved(moved),
             News::Nothing => {}
         }
@@ -299,6 +306,7 @@ impl Paths {
             return;
         };
         path.enter(Event::Lost);
+        let party = path.party();
         let quiet_after = path.lose(cause, self.keep_alive);
         let number = path.number;
         let (unanswered, fences) = self.collect(index, number).await;
@@ -307,6 +315,9 @@ impl Paths {
             .now()
             .saturating_add(millis(quiet_after).saturating_add(1));
         self.fences.add_all(&fences, number, deadline);
+        if !fences.is_empty() {
+            self.lost_at_large(number, party, deadline);
+        }
         self.fence().await;
         let Some(path) = self.paths.get_mut(index) else {
             return;
@@ -319,6 +330,7 @@ impl Paths {
             path.enter(Event::NoWayBack);
             path.failing = vec![(Instant::now(), Reason::Never)];
         }
+        self.ask();
         self.spread();
     }
 
@@ -470,6 +482,7 @@ impl Paths {
         }
         self.set_access(index, access).await;
         self.enter(index, Event::Resumed);
+        self.ask();
         self.spread();
         if connected_later && let Some(path) = self.paths.get(index) {
             path.tell_resumed(fences.len());

@@ -38,6 +38,12 @@ impl Export {
         Self::start_with(&["--listen", "127.0.0.1:0"], specs)
     }
 
+    /// Its controllers cannot be asked whether another one is done: time alone tells.
+    #[track_caller]
+    pub(crate) fn start_silent(specs: &[&str]) -> Self {
+        Self::start_with(&["--listen", "127.0.0.1:0", "--ccrl", "0"], specs)
+    }
+
     /// `args` say where to listen, once.
     #[track_caller]
     pub(crate) fn start_with(args: &[&str], specs: &[&str]) -> Self {

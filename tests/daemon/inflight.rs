@@ -21,43 +21,46 @@ const GOES_ON: &str = "requests of an earlier life go on";
 const PROMPT: Duration = Duration::from_millis(1500);
 
 /// A disk whose daemons come and go at one socket.
-struct Disk {
+pub(crate) struct Disk {
     directory: Directory,
     attach: Option<Attach>,
 }
 
 impl Disk {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             directory: Directory::new(),
             attach: None,
         }
     }
 
-    fn start(&mut self, args: &[&str], uri: &str) -> &Attach {
+    pub(crate) fn start(&mut self, args: &[&str], uri: &str) -> &Attach {
+        self.start_with(&[&QUICK[..], args].concat(), uri)
+    }
+
+    pub(crate) fn start_with(&mut self, args: &[&str], uri: &str) -> &Attach {
         // The one before is gone, with SIGKILL.
         drop(self.attach.take());
-        let args = [&QUICK[..], args].concat();
         self.attach.insert(Attach::start_at(
             &self.directory.path("disk.sock"),
-            &args,
+            args,
             uri,
         ))
     }
 
-    fn attach(&self) -> &Attach {
+    pub(crate) fn attach(&self) -> &Attach {
         self.attach.as_ref().expect("it runs")
     }
 
-    fn socket(&self) -> &Path {
+    pub(crate) fn socket(&self) -> &Path {
         &self.attach().socket
     }
 
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         drop(self.attach.take());
     }
 
-    fn stop(&mut self) -> Attach {
+    pub(crate) fn stop(&mut self) -> Attach {
         let mut attach = self.attach.take().expect("it runs");
         attach.stop();
         attach
@@ -71,7 +74,7 @@ fn fill(keeper: &Keeper, slot: usize, byte: u8) -> u64 {
 }
 
 /// Posts a write of 4 KiB to a ring.
-fn post(keeper: &mut Keeper, ring: usize, slot: usize, block: u64, byte: u8) {
+pub(crate) fn post(keeper: &mut Keeper, ring: usize, slot: usize, block: u64, byte: u8) {
     let at = fill(keeper, slot, byte);
     keeper
         .guest
@@ -138,7 +141,7 @@ fn what_was_in_flight_when_a_daemon_was_killed_is_done_by_the_next_once() {
 #[test]
 fn a_write_that_a_killed_daemon_has_sent_does_not_undo_a_later_one() {
     // The target holds the first write back, and does not learn that the host is gone.
-    let export = Export::start(&["ram:8M,fault=delay=1500ms:write:count=1"]);
+    let export = Export::start_silent(&["ram:8M,fault=delay=1500ms:write:count=1"]);
     let proxy = Proxy::start(export.address());
     let uri = proxy.uri(export.subsystem());
     let mut disk = Disk::new();
@@ -168,6 +171,7 @@ fn a_write_that_a_killed_daemon_has_sent_does_not_undo_a_later_one() {
     let (status, bytes) = keeper.guest.read(0, 0, 4096);
     assert_eq!(status, OK);
     assert!(bytes == [2; 4096], "the first write came last");
+    eprintln!("it was held for {held:?}");
     assert!(held >= FENCED, "it was held for {held:?}");
     assert!(held < 3 * FENCED, "it was held for {held:?}");
     assert_eq!(disk.stop().counter("errors"), 0);
@@ -351,7 +355,7 @@ fn a_region_that_comes_with_another_record_has_all_writes_wait_until_nothing_can
 #[test]
 fn a_request_of_a_new_region_is_not_taken_for_one_that_had_its_number_before() {
     // The target holds the first write back, and does not learn that the host is gone.
-    let export = Export::start(&["ram:8M,fault=delay=1500ms:write:count=1"]);
+    let export = Export::start_silent(&["ram:8M,fault=delay=1500ms:write:count=1"]);
     let proxy = Proxy::start(export.address());
     let mut disk = Disk::new();
     disk.start(&[], &proxy.uri(export.subsystem()));
@@ -380,7 +384,7 @@ fn a_request_of_a_new_region_is_not_taken_for_one_that_had_its_number_before() {
 #[test]
 fn fences_are_in_force_on_another_machine_whose_clock_says_nothing_of_them() {
     // The target holds the first write back, and does not learn that the host is gone.
-    let export = Export::start(&["ram:8M,fault=delay=1500ms:write:count=1"]);
+    let export = Export::start_silent(&["ram:8M,fault=delay=1500ms:write:count=1"]);
     let proxy = Proxy::start(export.address());
     let uri = proxy.uri(export.subsystem());
     let mut disk = Disk::new();

@@ -24,6 +24,7 @@ mod away;
 mod bad_peers;
 mod cloud_hypervisor;
 mod controller_limits;
+mod cross_reset;
 mod data;
 mod efficiency;
 mod ending;

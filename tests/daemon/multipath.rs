@@ -13,17 +13,20 @@ const ANOTHER: &str = "another path is connected";
 const LOST: &str = "association lost";
 /// How long a path may be silent before that is noticed, with the keep-alive time of [`QUICK`]: a command that is
 /// sent at the end of a period has a period for its answer.
-const DETECTION: Duration = Duration::from_millis(2500);
+pub(crate) const DETECTION: Duration = Duration::from_millis(2500);
 
 /// One target behind two relays.
-struct TwoPaths {
+pub(crate) struct TwoPaths {
     export: Export,
-    proxies: [Proxy; 2],
+    pub(crate) proxies: [Proxy; 2],
 }
 
 impl TwoPaths {
-    fn start(spec: &str) -> Self {
-        let export = Export::start(&[spec]);
+    pub(crate) fn start(spec: &str) -> Self {
+        Self::to(Export::start(&[spec]))
+    }
+
+    fn to(export: Export) -> Self {
         let proxy = || Proxy::start(export.address());
         Self {
             proxies: [proxy(), proxy()],
@@ -36,10 +39,14 @@ impl TwoPaths {
     }
 
     /// Both are connected, by the first relay first.
-    fn attach(&self, args: &[&str]) -> Attach {
+    pub(crate) fn attach(&self, args: &[&str]) -> Attach {
+        self.attach_with(&QUICK, args)
+    }
+
+    pub(crate) fn attach_with(&self, times: &[&str], args: &[&str]) -> Attach {
         let second = self.uri(1);
         let paths = ["--path", &second, "--nr-io-queues", "2"];
-        let args = [&QUICK[..], &paths, args].concat();
+        let args = [times, &paths, args].concat();
         let attach = Attach::start_with(&args, &self.uri(0));
         await_logged(&attach, ANOTHER, 1);
         attach
@@ -198,7 +205,8 @@ fn round_robin_uses_both_paths_and_numa_stays_on_one() {
 fn a_write_that_a_lost_path_carries_out_late_does_not_undo_a_later_one_by_another_path() {
     for ring in [0, 1] {
         // The target holds the first write back, and does not learn that the host is gone.
-        let paths = TwoPaths::start("ram:8M,fault=delay=1500ms:write:count=1");
+        let slow = "ram:8M,fault=delay=1500ms:write:count=1";
+        let paths = TwoPaths::to(Export::start_silent(&[slow]));
         let mut attach = paths.attach(&[]);
         let setup = Setup {
             rings: 2,
@@ -232,6 +240,7 @@ fn a_write_that_a_lost_path_carries_out_late_does_not_undo_a_later_one_by_anothe
         let expected = [vec![1; 2048], vec![2; 4096]].concat();
         assert_eq!(content.0, OK);
         assert!(content.1 == expected, "the first write came last");
+        eprintln!("it was held for {held:?}");
         assert!(held >= FENCED, "it was held for {held:?}");
         attach.stop();
     }

@@ -458,7 +458,7 @@ fn nor_one_on_another_lane() {
 /// The late write comes from ring 0, the later one from this ring; each has a lane to itself.
 fn late_write_against_a_later_one_on(ring: usize) {
     // The target holds the first write back, and does not learn that the host is gone.
-    let export = Export::start(&["ram:8M,fault=delay=1500ms:write:count=1"]);
+    let export = Export::start_silent(&["ram:8M,fault=delay=1500ms:write:count=1"]);
     let proxy = Proxy::start(export.address());
     let args = [&QUICK[..], &["--nr-io-queues", "2"]].concat();
     let mut attach = Attach::start_with(&args, &proxy.uri(export.subsystem()));
@@ -497,6 +497,7 @@ fn late_write_against_a_later_one_on(ring: usize) {
     assert_eq!(content.0, OK);
     assert!(content.1 == expected, "the first write came last");
     assert!(guest.memory.read(data, 4096) == [1; 4096]);
+    eprintln!("it was held for {held:?}");
     assert!(held >= FENCED, "it was held for {held:?}");
     attach.stop();
     let back = attach.process.logged(BACK);

@@ -286,7 +286,7 @@ fn a_daemon_that_is_killed_between_reading_a_block_and_writing_it_is_not_noticed
 fn what_a_killed_daemon_writes_late_undoes_no_sector_that_another_ring_has_written_since() {
     let slow = "ram:8M,block-size=4096,fault=delay=1500ms:write:after=1:count=1";
     // The target holds a write back, and does not learn that its host is gone.
-    let export = Export::start(&[slow]);
+    let export = Export::start_silent(&[slow]);
     let proxy = Proxy::start(export.address());
     let uri = proxy.uri(export.subsystem());
     let args = [&QUICK[..], &[EMULATE]].concat();

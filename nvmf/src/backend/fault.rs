@@ -72,6 +72,9 @@ pub struct Fault {
     pub count: Option<u64>,
     /// Seed of what is up to chance.
     pub seed: u64,
+    /// A delayed operation is done also when the queue that it came by has ended meanwhile: as what a disk was
+    /// given, and nobody can recall.
+    pub firm: bool,
 }
 
 impl Fault {
@@ -86,6 +89,7 @@ impl Fault {
             rate: PER_MILLION,
             count: None,
             seed: 0,
+            firm: false,
         }
     }
 }
@@ -173,9 +177,9 @@ impl FaultBackend {
             .map_or(0, |rule| rule.picked.load(Relaxed))
     }
 
-    fn judge(&self, operation: Operations, op: &BackendOp) -> (Duration, Verdict) {
+    fn judge(&self, operation: Operations, op: &BackendOp) -> (Duration, bool, Verdict) {
         let blocks = op.blocks(self.inner.geometry().block_size);
-        let mut delay = Duration::ZERO;
+        let (mut delay, mut firm) = (Duration::ZERO, false);
         for rule in &self.rules {
             let Some(chance) = rule.pick(operation, blocks.as_ref()) else {
                 continue;
@@ -184,25 +188,26 @@ impl FaultBackend {
                 Action::Delay { least, most } => {
                     let width = most.saturating_sub(least).as_nanos();
                     let width = u64::try_from(width).unwrap_or(u64::MAX - 1);
+                    firm |= rule.fault.firm;
                     delay += least + Duration::from_nanos(chance % (width + 1));
                 }
-                Action::Hang => return (delay, Verdict::Hang),
-                Action::Error(Some(status)) => return (delay, Verdict::Fail(status)),
+                Action::Hang => return (delay, firm, Verdict::Hang),
+                Action::Error(Some(status)) => return (delay, firm, Verdict::Fail(status)),
                 Action::Error(None) => {
                     let reads = Operations::READ | Operations::COMPARE;
                     let status = match reads.contains(operation) {
                         true => Status::UNRECOVERED_READ_ERROR,
                         false => Status::WRITE_FAULT,
                     };
-                    return (delay, Verdict::Fail(status));
+                    return (delay, firm, Verdict::Fail(status));
                 }
             }
         }
-        (delay, Verdict::Perform)
+        (delay, firm, Verdict::Perform)
     }
 
     fn begin(&self, io: &mut BackendIo, operation: Operations, op: BackendOp, token: u32) {
-        let (delay, verdict) = self.judge(operation, &op);
+        let (delay, firm, verdict) = self.judge(operation, &op);
         if verdict == Verdict::Perform && delay.is_zero() {
             return self.inner.submit(io, op, token);
         }
@@ -214,7 +219,7 @@ impl FaultBackend {
         });
         match delay.is_zero() {
             true => held.resume(io, None),
-            false => io.wait_for(Some(delay), held),
+            false => io.wait_for(Some(delay), held, firm),
         }
     }
 }
@@ -245,7 +250,7 @@ impl Step for Held {
                     token,
                     verdict,
                 };
-                io.wait_for(None, Box::new(held));
+                io.wait_for(None, Box::new(held), false);
             }
         }
     }

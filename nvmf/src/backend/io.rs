@@ -165,11 +165,11 @@ impl BackendIo {
     }
 
     /// Leaves a step for later: after a time, or when the lane is over. It is abandoned where that
-    /// is not possible.
-    pub(super) fn wait_for(&mut self, after: Option<Duration>, step: Box<dyn Step>) {
+    /// is not possible. One that is `firm` comes after its time even if the lane is over by then.
+    pub(super) fn wait_for(&mut self, after: Option<Duration>, step: Box<dyn Step>, firm: bool) {
         let later = self.later.get_or_insert_default();
         let had_clock = later.clock().is_some();
-        if let Err(step) = later.wait(after, step, self.state.descriptor()) {
+        if let Err(step) = later.wait(after, step, self.state.descriptor(), firm) {
             return step.abandon(self);
         }
         if later.clock().is_some() != had_clock {
@@ -197,8 +197,8 @@ impl BackendIo {
         }
     }
 
-    /// Ends what only waits for its time, now and from now on: for a lane that is over, and has
-    /// nobody to answer.
+    /// Ends what only waits for its time, and is not firm, now and from now on: for a lane that is over, and
+    /// has nobody to answer.
     pub fn abandon(&mut self) {
         // Made also for a lane that has none, to know that it is over.
         while let Some(step) = self.later.get_or_insert_default().end() {

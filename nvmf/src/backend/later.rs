@@ -36,6 +36,8 @@ pub(super) struct Later {
     free: Vec<u32>,
     /// Indices of those that wait for a time, or for the end of the lane.
     waiting: Vec<u32>,
+    /// Indices of those that wait for a time, and whatever becomes of the lane.
+    firm: Vec<u32>,
     clock: Option<Clock>,
     over: bool,
 }
@@ -56,12 +58,13 @@ impl Later {
 
     /// Keeps what goes on after a time, or not before the lane is over. It comes back when it
     /// cannot be: there is no descriptor left, or the lane is over. `engine` is what the lane waits
-    /// on otherwise.
+    /// on otherwise. What is `firm` goes on after its time also where the lane is over meanwhile.
     pub(super) fn wait(
         &mut self,
         after: Option<Duration>,
         step: Box<dyn Step>,
         engine: Option<BorrowedFd<'_>>,
+        firm: bool,
     ) -> Result<(), Box<dyn Step>> {
         if self.over {
             return Err(step);
@@ -76,7 +79,10 @@ impl Later {
             }
         }
         let index = self.keep(step);
-        self.waiting.push(index);
+        match firm && after.is_some() {
+            true => self.firm.push(index),
+            false => self.waiting.push(index),
+        }
         if let (Some(after), Some(clock)) = (after, &mut self.clock) {
             clock
                 .deadlines
@@ -97,14 +103,18 @@ impl Later {
         }
         clock.deadlines.pop();
         self.waiting.retain(|&waiting| waiting != index);
+        self.firm.retain(|&firm| firm != index);
         self.take(index)
     }
 
-    /// Lets nothing wait any more; the next step that did.
+    /// Lets nothing wait any more that is not firm; the next step that did.
     pub(super) fn end(&mut self) -> Option<Box<dyn Step>> {
         self.over = true;
         if let Some(clock) = &mut self.clock {
-            clock.deadlines.clear();
+            let firm = &self.firm;
+            clock
+                .deadlines
+                .retain(|Reverse((_, index))| firm.contains(index));
         }
         let index = self.waiting.pop()?;
         self.take(index)
@@ -112,7 +122,7 @@ impl Later {
 
     /// Steps that wait for a time.
     pub(super) fn waiting(&self) -> usize {
-        self.waiting.len()
+        self.waiting.len() + self.firm.len()
     }
 
     /// The clock, once there is one.

@@ -1,5 +1,6 @@
 //! Commands of an admin queue: what each is answered with.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::Target;
@@ -8,7 +9,7 @@ use super::discovery::{self, Viewpoint};
 use super::features::{Features, Value};
 use super::registers::Effect;
 use super::subsystem::Subsystem;
-use super::{identify, log_page};
+use super::{cross_reset, identify, log_page};
 use crate::spec::fabrics::Property;
 use crate::spec::opcode::{admin, fabrics};
 use crate::spec::{Sqe, Status};
@@ -33,7 +34,7 @@ pub(super) enum Answer {
 
 /// An admin queue's view of its controller.
 pub(super) struct Admin<'a> {
-    pub(super) association: &'a Association,
+    pub(super) association: &'a Arc<Association>,
     pub(super) subsystem: &'a Subsystem,
     pub(super) target: &'a Target,
     pub(super) view: &'a Viewpoint,
@@ -83,7 +84,7 @@ impl Admin<'_> {
                 sqe,
                 data_len,
                 self.subsystem,
-                self.association.cntlid(),
+                self.association.instance(),
                 limits,
             )
             .map(Answer::Data),
@@ -111,6 +112,10 @@ impl Admin<'_> {
                     Value::Data(data) => Answer::Data(data),
                 }),
             admin::KEEP_ALIVE => Ok(Answer::Result(0)),
+            admin::CROSS_CONTROLLER_RESET if !is_discovery && limits.cross_resets > 0 => {
+                cross_reset::reset(sqe, self.association, self.subsystem, limits.cross_resets)
+                    .map(|dw0| Answer::Result(u64::from(dw0)))
+            }
             admin::ASYNC_EVENT_REQUEST if self.held < usize::from(limits.async_events) => {
                 Ok(Answer::Hold)
             }

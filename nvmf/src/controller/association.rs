@@ -2,16 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::{Notify, oneshot};
 
+use super::cross_reset::{CrossResets, cirn, next_ciu};
 use super::fabrics::{self, Refusal};
 use super::notices::Notices;
 use super::registers::Registers;
-use crate::spec::Status;
 use crate::spec::fabrics::connect_offset;
 use crate::spec::nqn::NQN_FIELD_LEN;
+use crate::spec::{ControllerInstance, Status};
 
 /// Who made an association.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -30,7 +31,22 @@ struct State {
     /// I/O queues that have given their QID up, and are not gone.
     leaving: usize,
     notices: Notices,
+    /// What it runs as since it was enabled.
+    instance: ControllerInstance,
+    /// Other controllers that it was asked to have reset.
+    resets: CrossResets,
+    /// Those that are told when no command of this one is left.
+    awaited_by: Vec<Weak<Association>>,
     over: bool,
+    /// It is over since another one was asked to reset it.
+    reset: bool,
+}
+
+impl State {
+    /// No command of it is with a backend, and none will be.
+    fn is_quiet(&self) -> bool {
+        self.over && self.queues.is_empty() && self.leaving == 0
+    }
 }
 
 /// See the module.
@@ -53,7 +69,8 @@ pub(super) struct Membership {
 }
 
 impl Association {
-    pub(super) fn new(cntlid: u16, host: HostIdentity, queue_size: u32) -> Self {
+    /// `last_ciu` is the uniquifier that the CNTLID has had last; 0 is none.
+    pub(super) fn new(cntlid: u16, last_ciu: u8, host: HostIdentity, queue_size: u32) -> Self {
         Self {
             cntlid,
             host,
@@ -64,7 +81,15 @@ impl Association {
                 queues: BTreeMap::new(),
                 leaving: 0,
                 notices: Notices::default(),
+                instance: ControllerInstance {
+                    cntlid,
+                    ciu: next_ciu(last_ciu),
+                    cirn: cirn(),
+                },
+                resets: CrossResets::default(),
+                awaited_by: Vec::new(),
                 over: false,
+                reset: false,
             }),
             changed: Notify::new(),
         }
@@ -188,7 +213,66 @@ impl Association {
 
     /// Marks the association as over: nothing joins it any more.
     pub(super) fn set_over(&self) {
-        self.state().over = true;
+        let mut state = self.state();
+        state.over = true;
+        self.tell_if_quiet(state);
+    }
+
+    /// What it runs as.
+    pub(super) fn instance(&self) -> ControllerInstance {
+        self.state().instance
+    }
+
+    /// It was enabled, maybe not for the first time: it runs as another one from now on. What the one before had
+    /// begun is done, or it could not have been enabled.
+    pub(super) fn renew_instance(&self) {
+        let mut state = self.state();
+        state.instance.ciu = next_ciu(state.instance.ciu);
+        state.instance.cirn = cirn();
+    }
+
+    /// Runs `change` with the resets of others that it was asked for.
+    pub(super) fn cross_resets<R>(&self, change: impl FnOnce(&mut CrossResets) -> R) -> R {
+        change(&mut self.state().resets)
+    }
+
+    /// Ends it, since another controller was asked for that. True when no command of it is left; otherwise `asked`
+    /// is told when that is so.
+    pub(super) fn end_for(&self, asked: &Arc<Self>) -> bool {
+        let mut state = self.state();
+        (state.over, state.reset) = (true, true);
+        for end in state.queues.values_mut().filter_map(Option::take) {
+            let _ = end.send(());
+        }
+        let quiet = state.is_quiet();
+        if !quiet {
+            // As many as there are associations, however often it is asked for.
+            state.awaited_by.retain(|asked| asked.strong_count() > 0);
+            state.awaited_by.push(Arc::downgrade(asked));
+        }
+        drop(state);
+        self.changed.notify_one();
+        quiet
+    }
+
+    /// Another controller was asked to end it.
+    pub(super) fn is_reset(&self) -> bool {
+        self.state().reset
+    }
+
+    /// Tells those that wait for it, once no command is left.
+    fn tell_if_quiet(&self, mut state: MutexGuard<'_, State>) {
+        if !state.is_quiet() {
+            return;
+        }
+        let instance = state.instance;
+        let awaited_by = std::mem::take(&mut state.awaited_by);
+        // One lock at a time: two associations may wait for each other.
+        drop(state);
+        for asked in awaited_by.iter().filter_map(Weak::upgrade) {
+            asked.cross_resets(|resets| resets.complete(instance));
+            asked.report(Notices::cross_reset);
+        }
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -230,7 +314,7 @@ impl Drop for Membership {
         } else {
             state.queues.remove(&self.qid);
         }
-        drop(state);
+        self.association.tell_if_quiet(state);
         self.association.changed.notify_one();
     }
 }

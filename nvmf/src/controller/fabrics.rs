@@ -131,7 +131,7 @@ pub(super) fn associate(request: &Request, limits: &Limits) -> Option<Arc<Associ
     let queue_size = limits.queue_size;
     request
         .subsystem
-        .register(|cntlid| Association::new(cntlid, request.host, queue_size))
+        .register(|cntlid, last_ciu| Association::new(cntlid, last_ciu, request.host, queue_size))
 }
 
 /// Lets the I/O queue of a Connect join its association.

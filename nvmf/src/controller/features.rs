@@ -11,7 +11,7 @@ use crate::spec::{Sqe, Status};
 
 /// Bits of Asynchronous Event Configuration that mean something, on an I/O controller and on a discovery
 /// controller.
-const ASYNC_EVENT_BITS: u32 = 0x3fff;
+const ASYNC_EVENT_BITS: u32 = 0x3fff | config::CROSS_CONTROLLER_RESET;
 const DISCOVERY_EVENT_BITS: u32 = ASYNC_EVENT_BITS | config::DISCOVERY_CHANGE;
 /// Save, in dword 10 of Set Features.
 const SAVE: u32 = 1 << 31;

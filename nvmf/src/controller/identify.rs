@@ -12,7 +12,7 @@ use crate::spec::identify::{
     IDENTIFY_LEN, IdentifyController, IdentifyNamespace, LbaFormat, NamespaceDescriptorHeader,
     cmic, cns, ctratt, lpa, nidt, oncs,
 };
-use crate::spec::{NSID_ALL, Sqe, Status};
+use crate::spec::{ControllerInstance, NSID_ALL, Sqe, Status};
 
 /// Keep-alive granularity in units of 100 ms.
 pub(super) const KAS: u16 = 10;
@@ -62,7 +62,7 @@ pub(super) fn identify(
     sqe: &Sqe,
     data_len: u32,
     subsystem: &Subsystem,
-    cntlid: u16,
+    instance: ControllerInstance,
     limits: &Limits,
 ) -> Result<Vec<u8>, Status> {
     if data_len as usize != IDENTIFY_LEN {
@@ -75,7 +75,16 @@ pub(super) fn identify(
             Some(namespace) => self::namespace(namespace).as_bytes().to_vec(),
             None => vec![0; IDENTIFY_LEN],
         }),
-        cns::CONTROLLER => Ok(controller(subsystem, cntlid, limits).as_bytes().to_vec()),
+        cns::CONTROLLER => {
+            let mut id = controller(subsystem, instance.cntlid, limits);
+            if limits.cross_resets > 0 {
+                id.oaes = (id.oaes.get() | config::CROSS_CONTROLLER_RESET).into();
+                id.ciu = instance.ciu;
+                id.cirn = instance.cirn.into();
+                id.ccrl = limits.cross_resets;
+            }
+            Ok(id.as_bytes().to_vec())
+        }
         cns::ACTIVE_NAMESPACES => active_namespaces(subsystem, nsid),
         cns::NAMESPACE_DESCRIPTORS => match active(subsystem, nsid)? {
             Some(namespace) => Ok(descriptors(namespace)),

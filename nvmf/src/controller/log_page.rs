@@ -1,11 +1,12 @@
 //! What Get Log Page answers: the supported pages, errors, health, firmware slots, changed namespaces,
-//! commands and effects, asymmetric access.
+//! commands and effects, asymmetric access, resets of other controllers.
 
 use super::Limits;
 use super::association::Association;
 use super::identify::firmware;
 use super::subsystem::Subsystem;
 use crate::spec::ana::LSP_GROUPS_ONLY;
+use crate::spec::cross_reset::REMOVE_COMPLETED;
 use crate::spec::log::{GetLogPage, RETAIN_EVENT, lid};
 use crate::spec::opcode::{admin, nvm};
 use crate::spec::{Sqe, Status};
@@ -54,12 +55,12 @@ pub(super) fn get(
     let request = request(sqe, data_len, limits)?;
     let retain = sqe.cdw10.get() & RETAIN_EVENT != 0;
     let page = match request.lid {
-        lid::SUPPORTED => supported(subsystem),
+        lid::SUPPORTED => supported(subsystem, limits),
         // No error is ever recorded, so every entry, at any offset, is an empty one.
         lid::ERROR => return Ok(vec![0; request.len as usize]),
         lid::HEALTH => health(subsystem, hours),
         lid::FIRMWARE => firmware_slots(),
-        lid::EFFECTS => effects(),
+        lid::EFFECTS => effects(limits),
         lid::CHANGED_NAMESPACES => {
             association.notices(|notices| notices.changed_namespaces(request, retain))
         }
@@ -72,13 +73,21 @@ pub(super) fn get(
             let groups = subsystem.ana();
             groups.map_or_else(Vec::new, |it| it.log(subsystem.namespaces(), groups_only))
         }
+        lid::CROSS_CONTROLLER_RESET if limits.cross_resets > 0 => {
+            if !retain {
+                // Before it is made: what ends meanwhile is reported.
+                association.notices(super::notices::Notices::cross_reset_read);
+            }
+            let remove = sqe.cdw10.get() & REMOVE_COMPLETED != 0;
+            association.cross_resets(|resets| resets.log(remove))
+        }
         _ => return Err(Status::INVALID_FIELD.do_not_retry()),
     };
     part(page, request)
 }
 
 /// Supported Log Pages (Base 2.0): a dword for each identifier.
-fn supported(subsystem: &Subsystem) -> Vec<u8> {
+fn supported(subsystem: &Subsystem, limits: &Limits) -> Vec<u8> {
     /// The page exists. Offsets are in bytes, so there is no index offset.
     const SUPPORTED: u32 = 1;
     let mut page = vec![0; 1024];
@@ -92,6 +101,7 @@ fn supported(subsystem: &Subsystem) -> Vec<u8> {
     ]
     .into_iter()
     .chain(subsystem.ana().map(|_| lid::ANA))
+    .chain((limits.cross_resets > 0).then_some(lid::CROSS_CONTROLLER_RESET))
     {
         let at = usize::from(lid) * 4;
         page[at..at + 4].copy_from_slice(&SUPPORTED.to_le_bytes());
@@ -136,7 +146,7 @@ fn firmware_slots() -> Vec<u8> {
 }
 
 /// Commands Supported and Effects.
-fn effects() -> Vec<u8> {
+fn effects(limits: &Limits) -> Vec<u8> {
     const SUPPORTED: u32 = 1;
     /// The command may change blocks.
     const LBCC: u32 = 1 << 1;
@@ -154,7 +164,10 @@ fn effects() -> Vec<u8> {
         admin::GET_FEATURES,
         admin::ASYNC_EVENT_REQUEST,
         admin::KEEP_ALIVE,
-    ] {
+    ]
+    .into_iter()
+    .chain((limits.cross_resets > 0).then_some(admin::CROSS_CONTROLLER_RESET))
+    {
         set(0, opcode, SUPPORTED);
     }
     for opcode in [nvm::FLUSH, nvm::READ, nvm::COMPARE] {

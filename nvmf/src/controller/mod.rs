@@ -19,6 +19,7 @@ mod association;
 mod buffers;
 mod compare;
 mod connection;
+mod cross_reset;
 mod discovery;
 mod fabrics;
 mod features;
@@ -71,6 +72,9 @@ pub struct Limits {
     pub in_capsule: u32,
     /// Asynchronous Event Requests held for one association.
     pub async_events: u8,
+    /// Cross-Controller Resets that one controller sees to at a time; CCRL tells hosts. With 0 there
+    /// are none.
+    pub cross_resets: u8,
     /// Time from accepting a connection to a successful Connect.
     pub handshake: Duration,
     /// Time that an association may stay disabled, from Connect, reset or shutdown on.
@@ -94,6 +98,7 @@ impl Default for Limits {
             max_transfer: 1 << 20,
             in_capsule: 8192,
             async_events: 16,
+            cross_resets: 4,
             handshake: Duration::from_secs(10),
             disabled: Duration::from_secs(120),
             discovery_idle: Duration::from_secs(120),

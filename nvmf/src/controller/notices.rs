@@ -39,6 +39,7 @@ pub(super) struct Notices {
     /// Namespaces that changed since the list was read: never more than there can be.
     changed: BTreeSet<u32>,
     ana: Notice,
+    cross_reset: Notice,
     discovery: Notice,
 }
 
@@ -52,6 +53,11 @@ impl Notices {
     /// The access state of some group changed.
     pub(super) fn ana(&mut self) {
         self.ana.pending = true;
+    }
+
+    /// A reset of another controller that was asked for is over.
+    pub(super) fn cross_reset(&mut self) {
+        self.cross_reset.pending = true;
     }
 
     /// The discovery log changed.
@@ -73,6 +79,9 @@ impl Notices {
         }
         if enabled & config::ANA_CHANGE != 0 && self.ana.take() {
             return event(notice::ANA_CHANGE, lid::ANA);
+        }
+        if enabled & config::CROSS_CONTROLLER_RESET != 0 && self.cross_reset.take() {
+            return event(notice::CROSS_CONTROLLER_RESET, lid::CROSS_CONTROLLER_RESET);
         }
         if enabled & config::DISCOVERY_CHANGE != 0 && self.discovery.take() {
             return event(notice::DISCOVERY_CHANGE, lid::DISCOVERY);
@@ -98,6 +107,11 @@ impl Notices {
     /// The host reads the ANA log, as it is after this call, and does not retain the event.
     pub(super) fn ana_read(&mut self) {
         self.ana = Notice::default();
+    }
+
+    /// As [`Self::ana_read`], of the log of resets.
+    pub(super) fn cross_reset_read(&mut self) {
+        self.cross_reset = Notice::default();
     }
 
     /// As [`Self::ana_read`], of the discovery log.

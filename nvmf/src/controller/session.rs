@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep_until};
 use super::Target;
 use super::admin::{Admin, Answer};
 use super::association::Association;
+use super::cross_reset::CrossResets;
 use super::discovery::Viewpoint;
 use super::features::Features;
 use super::notices::Notices;
@@ -37,6 +38,8 @@ pub(super) enum End {
     KeepAlive(Duration),
     #[error("it was not enabled within {0:?}")]
     Disabled(Duration),
+    #[error("its host had another controller end it")]
+    CrossReset,
     #[error("the target shuts down")]
     Target,
 }
@@ -124,6 +127,9 @@ impl Session {
             self.advance_closing();
             if let Some(ending) = self.queue.pair().ending() {
                 return End::Admin(ending.to_string());
+            }
+            if association.is_reset() {
+                return End::CrossReset;
             }
             tokio::select! {
                 // An error means that whoever would say so is gone: the same.
@@ -219,7 +225,10 @@ impl Session {
     fn effect(&mut self, effect: Effect) {
         match effect {
             Effect::None => {}
-            Effect::Enabled => self.restart_clock(),
+            Effect::Enabled => {
+                self.registration.association.renew_instance();
+                self.restart_clock();
+            }
             Effect::Reset => self.close(false),
             Effect::Shutdown => self.close(true),
         }
@@ -232,6 +241,9 @@ impl Session {
         self.registration
             .association
             .notices(|notices| *notices = Notices::default());
+        self.registration
+            .association
+            .cross_resets(CrossResets::forget);
         while let Some(tag) = self.held.pop_front() {
             self.respond(tag, Cqe::new(0, Status::ABORT_REQUESTED));
         }

@@ -49,7 +49,7 @@ impl SimulatedLane {
             hostid: [1; 16],
             hostnqn: [0; NQN_FIELD_LEN],
         };
-        let association = Arc::new(Association::new(1, identity, queue_size));
+        let association = Arc::new(Association::new(1, 0, identity, queue_size));
         let enable = Property {
             size: Some(PropertySize::Four),
             offset: offset::CC,

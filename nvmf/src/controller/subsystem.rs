@@ -10,10 +10,10 @@ use super::ana::{AnaGroups, GROUPS_MAX};
 use super::association::Association;
 use super::notices::Notices;
 use crate::backend::Backend;
-use crate::spec::Nqn;
 use crate::spec::ana::AnaState;
 use crate::spec::fabrics::CNTLID_MAX;
 use crate::spec::nqn::DISCOVERY_NQN;
+use crate::spec::{ControllerInstance, Nqn};
 
 /// Largest NSID that a subsystem gives out.
 pub(super) const MAX_NSID: u32 = 1024;
@@ -67,6 +67,10 @@ pub enum NamespaceError {
 struct Controllers {
     last: u16,
     by_id: BTreeMap<u16, Arc<Association>>,
+    /// Those that gave their CNTLIDs up while I/O queues of theirs were not gone.
+    leaving: Vec<Arc<Association>>,
+    /// The uniquifier that each CNTLID has had last, up to the highest that was ever in use.
+    uniquifiers: Vec<u8>,
 }
 
 /// A subsystem. It is complete before a [`super::Target`] is made of it.
@@ -236,14 +240,18 @@ impl Subsystem {
     /// given out, so that a late Connect for a controller that is gone does not find its successor.
     pub(super) fn register(
         &self,
-        make: impl FnOnce(u16) -> Association,
+        make: impl FnOnce(u16, u8) -> Association,
     ) -> Option<Arc<Association>> {
         let mut controllers = self.controllers();
         let mut id = controllers.last;
         for _ in 0..CNTLID_MAX {
             id = if id >= CNTLID_MAX { 1 } else { id + 1 };
-            if let Entry::Vacant(free) = controllers.by_id.entry(id) {
-                let association = Arc::new(make(id));
+            let Controllers {
+                by_id, uniquifiers, ..
+            } = &mut *controllers;
+            if let Entry::Vacant(free) = by_id.entry(id) {
+                let last = uniquifiers.get(usize::from(id)).copied().unwrap_or(0);
+                let association = Arc::new(make(id, last));
                 free.insert(Arc::clone(&association));
                 controllers.last = id;
                 return Some(association);
@@ -253,7 +261,28 @@ impl Subsystem {
     }
 
     pub(super) fn unregister(&self, cntlid: u16) {
-        self.controllers().by_id.remove(&cntlid);
+        let mut controllers = self.controllers();
+        let Some(association) = controllers.by_id.remove(&cntlid) else {
+            return;
+        };
+        let index = usize::from(cntlid);
+        if controllers.uniquifiers.len() <= index {
+            controllers.uniquifiers.resize(index + 1, 0);
+        }
+        controllers.uniquifiers[index] = association.instance().ciu;
+        controllers.leaving.retain(|leaving| leaving.queues() > 0);
+        if association.queues() > 0 {
+            controllers.leaving.push(association);
+        }
+    }
+
+    /// The controller that ran or runs as this, as long as it has I/O queues or is connected.
+    pub(super) fn running(&self, instance: ControllerInstance) -> Option<Arc<Association>> {
+        let controllers = self.controllers();
+        let present = controllers.by_id.get(&instance.cntlid);
+        let mut all = present.into_iter().chain(&controllers.leaving);
+        all.find(|association| association.instance() == instance)
+            .cloned()
     }
 
     /// The controller with this CNTLID, unless its association is over.

@@ -11,7 +11,7 @@ use super::error::HostError;
 use super::events::EventSupport;
 use crate::spec::identify::{IDENTIFY_LEN, IdentifyController, cmic, cns, ctratt, lpa, oncs};
 use crate::spec::property::Cap;
-use crate::spec::{Nqn, Sqe};
+use crate::spec::{ControllerInstance, Nqn, Sqe};
 
 /// Version from which Identify with CNS 06h may be asked.
 const VERSION_2_0: u32 = 2 << 16;
@@ -71,6 +71,11 @@ pub struct ControllerInfo {
     pub cmic: u8,
     /// What it says of asymmetric namespace access; `None` when it does not report that.
     pub ana: Option<AnaInfo>,
+    /// What it runs as since it was enabled, by which another controller can be asked to reset it; `None` when it does
+    /// not tell.
+    pub instance: Option<ControllerInstance>,
+    /// Other controllers that it can be asked to reset at a time (CCRL); 0 when it cannot.
+    pub cross_resets: u8,
     /// Parts of a log page can be read at any offset.
     pub extended_log: bool,
     /// What it reports of its own accord.
@@ -232,6 +237,13 @@ fn digest(
         },
         cmic: data.cmic,
         ana: (data.cmic & cmic::ANA != 0).then(|| ana_info(data)),
+        // An uniquifier is never 0.
+        instance: (data.ciu != 0).then(|| ControllerInstance {
+            cntlid: data.cntlid.get(),
+            ciu: data.ciu,
+            cirn: data.cirn.get(),
+        }),
+        cross_resets: data.ccrl,
         extended_log: data.lpa & lpa::EXTENDED != 0,
         events: event_support(data),
     })

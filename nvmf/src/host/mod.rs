@@ -15,6 +15,7 @@ mod ana;
 mod association;
 mod beats;
 mod connect;
+mod cross_reset;
 mod dial;
 pub mod discovery;
 mod enable;

@@ -45,6 +45,7 @@ pub mod notice {
     pub const FIRMWARE_ACTIVATION: u8 = 0x01;
     pub const ANA_CHANGE: u8 = 0x03;
     pub const DISCOVERY_CHANGE: u8 = 0xf0;
+    pub const CROSS_CONTROLLER_RESET: u8 = 0xf4;
 }
 
 /// Which SMART / health event.
@@ -75,6 +76,8 @@ pub mod config {
     pub const FIRMWARE_ACTIVATION: u32 = 1 << 9;
     /// Asymmetric namespace access change notices.
     pub const ANA_CHANGE: u32 = 1 << 11;
+    /// Cross-Controller Reset completed notices.
+    pub const CROSS_CONTROLLER_RESET: u32 = 1 << 20;
     /// Discovery log page change notices.
     pub const DISCOVERY_CHANGE: u32 = 1 << 31;
 }

@@ -45,7 +45,12 @@ pub struct IdentifyController {
     pub cntrltype: u8,
     pub fguid: [u8; 16],
     pub crdt: [U16; 3],
-    pub reserved134: [u8; 119],
+    pub crcap: u8,
+    /// Controller Instance Uniquifier; 0 = not told.
+    pub ciu: u8,
+    /// Controller Instance Random Number.
+    pub cirn: U64,
+    pub reserved144: [u8; 109],
     pub nvmsr: u8,
     pub vwci: u8,
     pub mec: u8,
@@ -129,7 +134,10 @@ pub struct IdentifyController {
     pub fcatt: u8,
     pub msdbd: u8,
     pub ofcs: U16,
-    pub reserved1806: [u8; 242],
+    pub dctype: u8,
+    /// Cross-Controller Resets that may go on at a time; 0 = the command is not supported.
+    pub ccrl: u8,
+    pub reserved1808: [u8; 240],
     pub psd: [u8; 1024],
     pub vs: [u8; 1024],
 }
@@ -138,6 +146,8 @@ const _: () = {
     assert!(size_of::<IdentifyController>() == IDENTIFY_LEN);
     assert!(std::mem::offset_of!(IdentifyController, mdts) == 77);
     assert!(std::mem::offset_of!(IdentifyController, cntrltype) == 111);
+    assert!(std::mem::offset_of!(IdentifyController, ciu) == 135);
+    assert!(std::mem::offset_of!(IdentifyController, cirn) == 136);
     assert!(std::mem::offset_of!(IdentifyController, oacs) == 256);
     assert!(std::mem::offset_of!(IdentifyController, kas) == 320);
     assert!(std::mem::offset_of!(IdentifyController, cqt) == 386);
@@ -145,6 +155,7 @@ const _: () = {
     assert!(std::mem::offset_of!(IdentifyController, sgls) == 536);
     assert!(std::mem::offset_of!(IdentifyController, subnqn) == 768);
     assert!(std::mem::offset_of!(IdentifyController, ioccsz) == 1792);
+    assert!(std::mem::offset_of!(IdentifyController, ccrl) == 1807);
     assert!(std::mem::offset_of!(IdentifyController, psd) == 2048);
 };
 

@@ -13,6 +13,7 @@ pub mod lid {
     pub const CHANGED_NAMESPACES: u8 = 0x04;
     pub const EFFECTS: u8 = 0x05;
     pub const ANA: u8 = 0x0c;
+    pub const CROSS_CONTROLLER_RESET: u8 = 0x1e;
     pub const DISCOVERY: u8 = 0x70;
 }
 

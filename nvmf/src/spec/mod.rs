@@ -7,6 +7,7 @@
 
 pub mod ana;
 pub mod cqe;
+pub mod cross_reset;
 pub mod discovery;
 pub mod event;
 pub mod fabrics;
@@ -20,6 +21,7 @@ pub mod sqe;
 pub mod status;
 
 pub use cqe::Cqe;
+pub use cross_reset::ControllerInstance;
 pub use nqn::Nqn;
 pub use sqe::Sqe;
 pub use status::Status;

@@ -90,6 +90,12 @@ statuses! {
     INVALID_LOG_PAGE = sct::COMMAND, 0x09, "invalid log page";
     /// Feature cannot be changed.
     FEATURE_NOT_CHANGEABLE = sct::COMMAND, 0x0e, "feature not changeable";
+    /// Cross-Controller Reset: this controller was asked for the same already.
+    CROSS_RESET_IN_PROGRESS = sct::COMMAND, 0x3f, "cross-controller reset in progress";
+    /// Cross-Controller Reset: what is over was not read, and there is no room for more.
+    CROSS_RESET_LOG_FULL = sct::COMMAND, 0x40, "cross-controller reset log page full";
+    /// Cross-Controller Reset: as many as the controller can see to at a time are going on.
+    CROSS_RESET_LIMIT_EXCEEDED = sct::COMMAND, 0x41, "cross-controller reset limit exceeded";
     /// Connect: record format not supported.
     CONNECT_INCOMPATIBLE_FORMAT = sct::COMMAND, 0x80, "connect incompatible format";
     /// Connect: the controller has an association already, or no room for one.

@@ -92,7 +92,8 @@ async fn growth_is_reported_once_and_told_in_the_list_until_that_is_read() {
         .receive(Sqe::identify(cns::CONTROLLER, 0, 0), 4096)
         .await;
     let oaes = u32::from_le_bytes(id[92..96].try_into().unwrap());
-    assert_eq!(oaes, config::NAMESPACE_ATTRIBUTE);
+    let offered = config::NAMESPACE_ATTRIBUTE | config::CROSS_CONTROLLER_RESET;
+    assert_eq!(oaes, offered);
     enable_events(&mut queue, config::NAMESPACE_ATTRIBUTE).await;
     queue.start(Sqe::async_event_request(), Transfer::None, 77);
     assert_eq!(blocks(&mut queue).await, 64);

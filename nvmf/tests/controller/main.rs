@@ -9,6 +9,7 @@
 mod admin;
 mod capture;
 mod connect;
+mod cross_reset;
 mod discovery;
 mod events;
 mod fault;

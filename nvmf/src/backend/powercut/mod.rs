@@ -278,7 +278,7 @@ impl Operation {
     /// Moves blocks to the medium: all for a flush, and some to make room.
     fn destage(self, io: &mut BackendIo) {
         let Some(role) = Role::take(&self.shared) else {
-            return io.wait_for(Some(PAUSE), Box::new(self));
+            return io.wait_for(Some(PAUSE), Box::new(self), false);
         };
         let moving = Destaging {
             operation: self,
@@ -292,7 +292,7 @@ impl Operation {
     /// Does it to the medium, past the cache.
     fn through(self, io: &mut BackendIo) {
         let Some(role) = Role::take(&self.shared) else {
-            return io.wait_for(Some(PAUSE), Box::new(self));
+            return io.wait_for(Some(PAUSE), Box::new(self), false);
         };
         let Self { shared, op, token } = self;
         let inner = Arc::clone(&shared.inner);
