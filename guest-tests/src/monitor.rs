@@ -29,13 +29,14 @@ const AT_ONCE: Pace = Pace {
     downtime_ms: 60_000,
 };
 
-/// A machine that works has always written to more meanwhile than it may stand still for, so it is copied round by round.
+/// A machine that works has nearly always written to something meanwhile, and may not stand still for it: it is copied round by
+/// round.
 const SLOWLY: Pace = Pace {
-    bandwidth: 96 << 20,
-    downtime_ms: 1,
+    bandwidth: 32 << 20,
+    downtime_ms: 0,
 };
 
-/// How many times a migration looks for what was written to meanwhile, at least, before it stops a machine that works.
+/// How many times a migration looks for what was written to meanwhile before it stops a machine that goes on writing.
 ///
 /// Where QEMU 7.2 emulates processors, what they write in rounds after the first gets lost, with any disks and with none: so
 /// all of memory is copied once there, and the rest while the machine stands still.

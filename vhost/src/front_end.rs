@@ -460,7 +460,7 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
         let (at, vring) = self.vring(index)?;
         vring.enabled = enable;
         if !enable {
-            self.stop(at);
+            self.disable(at);
         } else if vring.running {
             self.update(at, QueueUpdate::Scan);
         } else {

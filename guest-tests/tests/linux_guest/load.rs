@@ -51,6 +51,16 @@ impl Load {
         Ok(Self { job, disk, seed })
     }
 
+    /// Waits until it has written something: a fio takes seconds to start on an emulated processor.
+    pub(crate) fn await_writes(&self, guest: &mut Guest) -> Result<()> {
+        let stat = format!("/sys/block/{}/stat", self.disk);
+        let script = format!(
+            "before=$(awk '{{print $5}}' {stat}); \
+            for i in $(seq 600); do [ $(awk '{{print $5}}' {stat}) -gt $before ] && exit; sleep 0.1; done; exit 1"
+        );
+        guest.sh(&script).map(drop)
+    }
+
     /// Has it end. All that it did must have gone well.
     pub(crate) fn finish(self, guest: &mut Guest) -> Result<Done> {
         guest.sh(&format!("rm -f /tmp/load-{}", self.disk))?;

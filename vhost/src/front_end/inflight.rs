@@ -158,6 +158,26 @@ impl FrontEnd {
         }
     }
 
+    /// Stops ring `at`, whose guest may be about to go on elsewhere. `leave`: as [`Self::suspend`].
+    fn halt(&mut self, at: usize, leave: bool) {
+        let ran = self.vrings.get(at).is_some_and(|vring| vring.running);
+        if leave {
+            self.suspend(at);
+        } else {
+            self.stop(at);
+        }
+        // A region goes with the guest, and its tail with what has to be known.
+        if ran && self.is_logging() && !(leave && self.keeps_region()) {
+            self.settle();
+        }
+    }
+
+    /// Stops ring `at` for SET_VRING_ENABLE. QEMU disables all rings before it asks for their bases, so this is
+    /// where they stop, as they would there; a ring that is enabled again takes up what was left.
+    pub(super) fn disable(&mut self, at: usize) {
+        self.halt(at, self.base_leaves_requests());
+    }
+
     /// As [`Self::suspend`], for all rings.
     pub(super) fn suspend_all(&mut self) {
         for at in 0..self.vrings.len() {
@@ -174,16 +194,7 @@ impl FrontEnd {
             }
             return VhostUserVringState::new(index, 0);
         };
-        let ran = self.vrings[at].running;
-        if leave {
-            self.suspend(at);
-        } else {
-            self.stop(at);
-        }
-        // A region goes with the guest, and its tail with what has to be known.
-        if ran && self.is_logging() && !(leave && self.keeps_region()) {
-            self.settle();
-        }
+        self.halt(at, leave);
         self.vrings[at].kick = Kick::Stopped;
         VhostUserVringState::new(index, u32::from(self.vrings[at].base))
     }

@@ -141,6 +141,7 @@ fn requests_in_flight_when_the_front_end_leaves_are_there_when_it_comes_back() {
     assert_eq!(bench.front.get_vring_base(0).expect("base"), 2);
     assert_eq!(bench.worker.events(), ["start 0", "suspend 0"]);
     bench.front.set_vring_kick(0, &bench.kick).expect("kick");
+    bench.accept(&[3, 9, 12]);
     bench.front.set_vring_enable(0, false).expect("disable");
     assert_eq!(bench.guest.used(), [(0, 1), (2, 1)]);
 }
@@ -192,6 +193,27 @@ fn a_ring_without_the_right_to_leave_requests_drains_for_the_base() {
     bench.front.set_vring_enable(0, true).expect("scan");
     assert_eq!(bench.front.get_vring_base(0).expect("base"), 1);
     assert_eq!(bench.guest.used(), [(0, 1)]);
+}
+
+#[test]
+fn a_ring_that_is_disabled_before_its_base_is_asked_for_leaves_requests_as_that_does() {
+    let mut bench = Bench::new();
+    bench.negotiate();
+    let kept = Kept::ask(&mut bench);
+    bench.run_on(&kept, 0);
+    bench.accept(&[3, 9, 12, 20]);
+    bench.post_flush();
+    bench.front.set_vring_enable(0, true).expect("scan");
+    bench.worker.events();
+    bench.front.set_vring_enable(0, false).expect("disabled");
+    assert_eq!(bench.front.get_vring_base(0).expect("base"), 1);
+    assert_eq!(bench.worker.events(), ["suspend 0"]);
+    assert_eq!(bench.guest.used(), [], "no answer");
+    bench.front.set_vring_kick(0, &bench.kick).expect("kick");
+    bench.front.set_vring_enable(0, true).expect("enabled");
+    assert_eq!(bench.worker.held(0), 1);
+    let recovered = |lane: &mut Lane| lane.held.iter().all(|request| request.recovered);
+    assert!(bench.worker.with(0, recovered));
 }
 
 #[test]
@@ -390,6 +412,7 @@ fn a_ring_that_is_disabled_with_a_region_drains_and_goes_on() {
     bench.negotiate();
     let kept = Kept::ask(&mut bench);
     bench.run_on(&kept, 0);
+    bench.accept(&[3, 9, 12]);
     bench.post_flush();
     bench.front.set_vring_enable(0, true).expect("scan");
     bench.front.set_vring_enable(0, false).expect("disable");
