@@ -363,9 +363,24 @@ impl Guest {
     /// When it does not come back.
     pub fn reboot(&mut self) -> Result<()> {
         let job = self.start("sync; exec busybox reboot -f", Duration::from_secs(30))?;
+        self.wait_for_another_boot()?;
+        self.heard.lock().outputs.remove(&job.id);
+        Ok(())
+    }
+
+    /// Resets the machine through its monitor, whatever it is doing, and waits until it takes scripts again. Those that run are
+    /// never answered.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub fn reset(&mut self) -> Result<()> {
+        self.monitor()?.execute("system_reset", &json!({}))?;
+        self.wait_for_another_boot()
+    }
+
+    fn wait_for_another_boot(&mut self) -> Result<()> {
         self.wait_for_boot(BOOT_LIMIT)?;
-        let mut state = self.heard.lock();
-        state.outputs.remove(&job.id);
+        let state = self.heard.lock();
         let distinct = state
             .boot_ids
             .iter()

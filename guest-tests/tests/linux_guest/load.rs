@@ -61,6 +61,9 @@ impl Load {
         guest.sh(&script).map(drop)
     }
 
+    /// It will never be heard of again: its machine is going to be reset.
+    pub(crate) fn give_up(self) {}
+
     /// Has it end. All that it did must have gone well.
     pub(crate) fn finish(self, guest: &mut Guest) -> Result<Done> {
         guest.sh(&format!("rm -f /tmp/load-{}", self.disk))?;

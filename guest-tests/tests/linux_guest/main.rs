@@ -23,6 +23,7 @@ mod memory;
 mod migration;
 mod nvmet;
 mod outages;
+mod plugging;
 mod sectors;
 mod throttling;
 
