@@ -46,8 +46,6 @@ pub(crate) struct FrontEnd {
     offered: bool,
     memory: Arc<GuestMap>,
     vrings: Vec<Vring>,
-    /// A ring has stopped, for whatever reason, since it was last waited that nothing is carried out late.
-    unsettled: bool,
     inflight: InflightRegion,
     /// What the driver last wrote to the configuration, 1 until it does.
     writeback: u8,
@@ -82,7 +80,6 @@ impl FrontEnd {
             offered: false,
             memory: Arc::default(),
             vrings: std::iter::repeat_with(Vring::default).take(count).collect(),
-            unsettled: false,
             inflight: InflightRegion::default(),
             writeback: 1,
             logging: log::Logging::default(),
@@ -212,7 +209,6 @@ impl FrontEnd {
             return;
         };
         if std::mem::replace(&mut vring.running, false) {
-            self.unsettled = true;
             match self.rings.stop(at) {
                 Some(queue) => {
                     vring.base = queue.next_avail();

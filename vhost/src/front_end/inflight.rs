@@ -144,7 +144,6 @@ impl FrontEnd {
             return;
         };
         if std::mem::replace(&mut vring.running, false) {
-            self.unsettled = true;
             match self.rings.suspend(at) {
                 Some(queue) => vring.base = queue.next_avail(),
                 None => tracing::error!(ring = at, "a running ring did not come back"),
@@ -153,21 +152,30 @@ impl FrontEnd {
     }
 
     /// Waits until nothing is carried out late, before the guest goes on elsewhere: once the last ring has stopped.
-    pub(super) fn settle(&mut self) {
+    pub(super) fn settle(&self) {
         if self.vrings.iter().all(|vring| !vring.running) {
-            self.unsettled = false;
             self.rings.settle();
         }
     }
 
-    /// Stops ring `at` for SET_VRING_ENABLE. QEMU disables each ring before it asks for its base, so where
-    /// that leaves requests, so does this; a ring that is enabled again takes them up.
-    pub(super) fn disable(&mut self, at: usize) {
-        if self.base_leaves_requests() {
+    /// Stops ring `at`, whose guest may be about to go on elsewhere. `leave`: as [`Self::suspend`].
+    fn halt(&mut self, at: usize, leave: bool) {
+        let ran = self.vrings.get(at).is_some_and(|vring| vring.running);
+        if leave {
             self.suspend(at);
         } else {
             self.stop(at);
         }
+        // A region goes with the guest, and its tail with what has to be known.
+        if ran && self.is_logging() && !(leave && self.keeps_region()) {
+            self.settle();
+        }
+    }
+
+    /// Stops ring `at` for SET_VRING_ENABLE. QEMU disables all rings before it asks for their bases, so this is
+    /// where they stop, as they would there; a ring that is enabled again takes up what was left.
+    pub(super) fn disable(&mut self, at: usize) {
+        self.halt(at, self.base_leaves_requests());
     }
 
     /// As [`Self::suspend`], for all rings.
@@ -186,15 +194,7 @@ impl FrontEnd {
             }
             return VhostUserVringState::new(index, 0);
         };
-        if leave {
-            self.suspend(at);
-        } else {
-            self.stop(at);
-        }
-        // A region goes with the guest, and its tail with what has to be known. QEMU has disabled the rings before.
-        if self.unsettled && self.is_logging() && !(leave && self.keeps_region()) {
-            self.settle();
-        }
+        self.halt(at, leave);
         self.vrings[at].kick = Kick::Stopped;
         VhostUserVringState::new(index, u32::from(self.vrings[at].base))
     }
