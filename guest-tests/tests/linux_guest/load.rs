@@ -51,6 +51,18 @@ impl Load {
         Ok(Self { job, disk, seed })
     }
 
+    /// Waits until its first stretch is verified.
+    pub(crate) fn under_way(&self, guest: &mut Guest) -> Result<()> {
+        let disk = self.disk;
+        guest.sh(&format!(
+            "until [ -s /tmp/load-{disk}.log ]; do sleep 0.1; done"
+        ))?;
+        Ok(())
+    }
+
+    /// The machine will not live to its end.
+    pub(crate) fn abandon(self) {}
+
     /// Has it end. All that it did must have gone well.
     pub(crate) fn finish(self, guest: &mut Guest) -> Result<Done> {
         guest.sh(&format!("rm -f /tmp/load-{}", self.disk))?;

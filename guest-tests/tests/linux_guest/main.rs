@@ -23,7 +23,9 @@ mod memory;
 mod migration;
 mod nvmet;
 mod outages;
+mod resets;
 mod sectors;
+mod synced;
 mod throttling;
 
 /// A mebibyte.
