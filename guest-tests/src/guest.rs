@@ -363,24 +363,9 @@ impl Guest {
     /// When it does not come back.
     pub fn reboot(&mut self) -> Result<()> {
         let job = self.start("sync; exec busybox reboot -f", Duration::from_secs(30))?;
-        self.wait_for_another_boot()?;
-        self.heard.lock().outputs.remove(&job.id);
-        Ok(())
-    }
-
-    /// Resets the machine through its monitor, whatever it is doing, and waits until it takes scripts again. Those that run are
-    /// never answered.
-    ///
-    /// # Errors
-    /// When it does not come back.
-    pub fn reset(&mut self) -> Result<()> {
-        self.monitor()?.execute("system_reset", &json!({}))?;
-        self.wait_for_another_boot()
-    }
-
-    fn wait_for_another_boot(&mut self) -> Result<()> {
-        self.wait_for_boot(BOOT_LIMIT)?;
-        let state = self.heard.lock();
+        self.come_up_after(Instant::now())?;
+        let mut state = self.heard.lock();
+        state.outputs.remove(&job.id);
         let distinct = state
             .boot_ids
             .iter()
@@ -391,6 +376,32 @@ impl Guest {
         if distinct < 2 {
             bail!("the guest says hello again without having rebooted");
         }
+        Ok(())
+    }
+
+    /// Resets the machine as its button does, whatever the guest is doing, and gives the time that QEMU took to stop and reset
+    /// its devices. The guest boots then: [`Guest::come_up_again`].
+    ///
+    /// # Errors
+    /// When QEMU does not do it.
+    pub fn reset(&mut self) -> Result<Duration> {
+        self.monitor()?.reset()
+    }
+
+    /// Waits until a guest that was reset takes scripts again; those before are forgotten.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn come_up_again(&mut self) -> Result<()> {
+        self.come_up_after(Instant::now())?;
+        self.heard.lock().outputs.clear();
+        Ok(())
+    }
+
+    fn come_up_after(&mut self, start: Instant) -> Result<()> {
+        self.wait_for_boot(BOOT_LIMIT)?;
+        let seconds = start.elapsed().as_secs_f32();
+        eprintln!("  guest up again after {seconds:.1} s");
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! What a monitor does to a machine's disk: it is plugged in while the guest runs, and pulled out under a load; the machine is reset.
+//! A disk is plugged in while the guest runs, and pulled out under a load.
 
 use std::path::Path;
 use std::thread::sleep;
@@ -63,8 +63,8 @@ fn pull(guest: &mut Guest) -> Result<()> {
 }
 
 #[test]
-fn a_disk_is_plugged_in_and_pulled_out_and_its_machine_is_reset() {
-    let mut checks = Checks::new("a disk is plugged in and pulled out, its machine is reset (vda)");
+fn a_disk_is_plugged_in_and_pulled_out_under_a_load() {
+    let mut checks = Checks::new("a disk is plugged in and pulled out under a load (vda)");
     let directory = tempfile::tempdir().unwrap();
     let mut export = Export::start(&["ram:128M".to_owned()]).unwrap();
     let socket = directory.path().join("plugged.sock");
@@ -108,17 +108,7 @@ fn a_disk_is_plugged_in_and_pulled_out_and_its_machine_is_reset() {
             Ok(format!("{} times", 2 * rounds()))
         },
     );
-    checks.check("the machine is reset under a load", || {
-        for round in 0..rounds() {
-            let load = Load::start(&mut guest, "vda", seed(round), LOAD_LIMIT)?;
-            load.await_writes(&mut guest)?;
-            load.give_up();
-            guest.reset()?;
-            verify(&mut guest)?;
-        }
-        Ok(format!("{} times", rounds()))
-    });
-    checks.check("and is worked on afterwards", || {
+    checks.check("it is worked on afterwards", || {
         let load = Load::start(&mut guest, "vda", seed(9), LOAD_LIMIT)?;
         load.await_writes(&mut guest)?;
         load.finish(&mut guest)
