@@ -37,7 +37,8 @@ impl Source {
     #[track_caller]
     fn start(args: &[&str], spec: &str, logged: bool, sectors: u32) -> Self {
         let late = LATE.as_millis();
-        let export = Export::start(&[&format!("{spec},fault=delay={late}ms:write:count=1")]);
+        let slow = format!("{spec},fault=delay={late}ms:write:count=1");
+        let export = Export::start_silent(&[&slow]);
         let proxy = Proxy::start(export.address());
         let disk = Attach::start_with(args, &proxy.uri(export.subsystem()));
         let mut moving = Migrating::connect(&disk.socket);
