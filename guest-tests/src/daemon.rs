@@ -230,6 +230,16 @@ impl Daemon {
         messages
     }
 
+    /// The JSON log lines that warn or complain, as they are.
+    pub fn warnings(&self) -> Vec<String> {
+        let level = |line: &str| {
+            let event = serde_json::from_str::<Value>(line).unwrap_or_default();
+            event["level"] == "WARN" || event["level"] == "ERROR"
+        };
+        let lines = self.stderr.lines();
+        lines.into_iter().filter(|line| level(line)).collect()
+    }
+
     /// The memory that is its own: anonymous and file pages, without the guest memory that it shares.
     ///
     /// # Errors
@@ -391,6 +401,20 @@ mod tests {
         let events = daemon.logged("disk counters");
         assert_eq!(events.len(), 1);
         assert_eq!(events[0]["reads"], 7);
+    }
+
+    #[test]
+    fn only_lines_that_warn_or_complain_are_warnings() {
+        let mut daemon = shell(
+            r#"for level in INFO WARN DEBUG ERROR; do echo "{\"level\":\"$level\"}" >&2; done; echo WARN >&2; echo ready; sleep 60"#,
+        );
+        daemon
+            .wait_for_output(1, Duration::from_secs(10), |_| true)
+            .unwrap();
+        daemon.kill().unwrap();
+        daemon.stderr.wait_until_closed();
+        let warnings = [r#"{"level":"WARN"}"#, r#"{"level":"ERROR"}"#];
+        assert_eq!(daemon.warnings(), warnings);
     }
 
     #[test]

@@ -374,12 +374,33 @@ impl Guest {
     /// # Errors
     /// When it does not come back.
     pub fn reset(&mut self) -> Result<()> {
-        self.monitor()?.execute("system_reset", &json!({}))?;
-        self.wait_for_another_boot()
+        self.begin_reset()?;
+        self.come_up_again()
+    }
+
+    /// The first part of [`Guest::reset`]. Gives the time that QEMU took to stop and reset its devices.
+    ///
+    /// # Errors
+    /// When QEMU does not do it.
+    pub fn begin_reset(&mut self) -> Result<Duration> {
+        self.monitor()?.reset()
+    }
+
+    /// The second: waits until it takes scripts again.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub fn come_up_again(&mut self) -> Result<()> {
+        self.wait_for_another_boot()?;
+        self.heard.lock().outputs.clear();
+        Ok(())
     }
 
     fn wait_for_another_boot(&mut self) -> Result<()> {
+        let start = Instant::now();
         self.wait_for_boot(BOOT_LIMIT)?;
+        let seconds = start.elapsed().as_secs_f32();
+        eprintln!("  guest up again after {seconds:.1} s");
         let state = self.heard.lock();
         let distinct = state
             .boot_ids

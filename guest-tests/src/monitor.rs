@@ -133,6 +133,18 @@ impl Monitor {
         self.execute("cont", &json!({})).map(drop)
     }
 
+    /// Resets the machine, waits until its devices and memory are, and gives the time that this took.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub fn reset(&mut self) -> Result<Duration> {
+        self.execute("system_reset", &json!({}))?;
+        let begun = Instant::now();
+        // The command only asks for it. The event tells that it is done.
+        while self.read()?["event"] != "RESET" {}
+        Ok(begun.elapsed())
+    }
+
     /// Migrates the machine to `uri`, in several rounds of copying where this QEMU is good at that, and waits until it is done.
     ///
     /// # Errors

@@ -1,5 +1,5 @@
-//! Daemons are killed, at any moment, under a guest that works on its disk, and started again: QEMU finds them when it looks for
-//! them, once a second.
+//! Daemons are killed, or told to end, at any moment, under a guest that works on its disk, and started again: QEMU finds them when
+//! it looks for them, once a second.
 
 use std::path::PathBuf;
 use std::thread::sleep;
@@ -14,6 +14,7 @@ use tempfile::TempDir;
 use crate::cases::{image, image_directory, no_kernel_errors};
 use crate::disks::Storage;
 use crate::load::Load;
+use crate::synced::Pieces;
 use crate::{MIB, seed};
 
 const SIZE_MIB: u64 = 128;
@@ -22,14 +23,20 @@ const LIMIT: Duration = Duration::from_secs(240);
 /// The longest that a request may take: QEMU's second, a start of the daemon, a handshake, and half a second for all of it.
 const STALL: Duration = Duration::from_millis(1500);
 const UUID: &str = "6ba7b812-9dad-41d1-80b4-00c04fd430c8";
-/// Bytes of one piece of the guest that tells what it has synced.
-const PIECE: u64 = 64 << 10;
-/// Where its pieces end, and what is never synced begins.
+/// Where what the guest syncs ends, and what is never synced begins.
 const SYNCED: u64 = 96 * MIB;
 
-/// So often is it killed: twenty times where there is time.
-fn kills() -> usize {
+/// So often is it ended: twenty times where there is time.
+fn ends() -> u64 {
     if rounds() > 1 { 20 } else { 3 }
+}
+
+/// How a daemon is ended.
+#[derive(Clone, Copy)]
+enum End {
+    Killed,
+    /// By SIGTERM.
+    Told,
 }
 
 /// A disk whose daemon can be killed and started again.
@@ -81,12 +88,15 @@ impl Disk {
         self.daemon.as_mut().context("it runs")
     }
 
-    /// SIGKILL. Gives the time until it is there again.
-    fn kill_and_restart(&mut self) -> Result<Duration> {
-        let killed = Instant::now();
-        self.daemon()?.daemon.kill()?;
+    /// Gives the time until it is there again.
+    fn restart(&mut self, end: End) -> Result<Duration> {
+        let begun = Instant::now();
+        match end {
+            End::Killed => self.daemon()?.daemon.kill()?,
+            End::Told => self.daemon()?.stop()?,
+        }
         self.start_daemon()?;
-        Ok(killed.elapsed())
+        Ok(begun.elapsed())
     }
 
     /// QEMU looks for a daemon that is gone once a second.
@@ -115,47 +125,27 @@ impl Disk {
 }
 
 #[test]
-fn a_daemon_that_is_killed_again_and_again_is_not_noticed() {
-    let name = "the daemon of a remote disk is killed again and again (vda)";
-    killed_again_and_again(Storage::Remote, Checks::new(name));
+fn a_daemon_that_is_killed_or_restarted_again_and_again_is_not_noticed() {
+    let name = "the daemon of a remote disk is ended again and again (vda)";
+    ended_again_and_again(Storage::Remote, Checks::new(name));
 }
 
 #[test]
-fn the_daemon_of_a_local_disk_that_is_killed_again_and_again_is_not_noticed() {
-    let name = "the daemon of a local disk is killed again and again (vda)";
-    killed_again_and_again(Storage::Local, Checks::new(name));
+fn the_daemon_of_a_local_disk_that_is_killed_or_restarted_again_and_again_is_not_noticed() {
+    let name = "the daemon of a local disk is ended again and again (vda)";
+    ended_again_and_again(Storage::Local, Checks::new(name));
 }
 
-fn killed_again_and_again(storage: Storage, mut checks: Checks) {
+fn ended_again_and_again(storage: Storage, mut checks: Checks) {
     let directory = image_directory().unwrap();
     let mut disk = Disk::start(storage, &directory, storage.direct()).unwrap();
     let mut guest = Guest::boot(&disk.guest().unwrap()).unwrap();
-    let load = Load::start(&mut guest, "vda", seed(0), LIMIT).unwrap();
-    sleep(Duration::from_secs(3));
-    let mut away = Duration::ZERO;
-    checks.check("the daemon is killed and started again", || {
-        for kill in 0..kills() as u64 {
-            away = away.max(disk.kill_and_restart()?);
-            // Each time at another moment of what the guest does.
-            sleep(Duration::from_millis(2000 + kill * 977 % 3000));
-        }
-        let kills = kills();
-        Ok(format!(
-            "{kills} times, away for {:.2} s at most",
-            away.as_secs_f32()
-        ))
-    });
-    checks.check("what the guest wrote meanwhile, it has read", || {
-        let done = load.finish(&mut guest)?;
-        // The start of a process is the machine's affair.
-        ensure!(done.longest < STALL + away, "{done}");
-        Ok(done)
-    });
-    checks.check("it works on", || {
-        let load = Load::start(&mut guest, "vda", seed(1), LIMIT)?;
-        sleep(Duration::from_secs(3));
-        load.finish(&mut guest)
-    });
+    for (end, name) in [
+        (End::Killed, "killed and started again under load"),
+        (End::Told, "told to end and started again under load"),
+    ] {
+        checks.check(name, || again_and_again(&mut disk, &mut guest, end));
+    }
     checks.check("no error in the kernel's log", || {
         no_kernel_errors(&mut guest)
     });
@@ -166,15 +156,23 @@ fn killed_again_and_again(storage: Storage, mut checks: Checks) {
     checks.finish();
 }
 
-/// Pieces that the guest says it has synced.
-fn told(guest: &Guest) -> u64 {
-    let console = guest.console_tail(200);
-    let said = console
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("synced "));
-    said.filter_map(|number| number.parse().ok())
-        .max()
-        .unwrap_or(0)
+/// What the guest wrote meanwhile, it has read.
+fn again_and_again(disk: &mut Disk, guest: &mut Guest, end: End) -> Result<String> {
+    let load = Load::start(guest, "vda", seed(end as u64), LIMIT)?;
+    sleep(Duration::from_secs(3));
+    let mut away = Duration::ZERO;
+    for number in 0..ends() {
+        away = away.max(disk.restart(end)?);
+        // Each time at another moment of what the guest does.
+        sleep(Duration::from_millis(2000 + number * 977 % 3000));
+    }
+    let done = load.finish(guest)?;
+    // The start of a process is the machine's affair.
+    ensure!(done.longest < STALL + away, "{done}");
+    let (ends, away) = (ends(), away.as_secs_f32());
+    Ok(format!(
+        "{ends} times, away for {away:.2} s at most; {done}"
+    ))
 }
 
 #[test]
@@ -183,35 +181,11 @@ fn what_a_guest_was_told_is_synced_is_there_after_everything_was_killed_at_once(
     let directory = image_directory().unwrap();
     let mut disk = Disk::start(Storage::Remote, &directory, ",powercut").unwrap();
     for round in 0..rounds() {
-        let base = seed(round) * 4096;
+        let pieces = Pieces::of(0, SYNCED, seed(round) * 4096);
         let mut guest = Guest::boot(&disk.guest().unwrap()).unwrap();
         let mut synced = 0;
         checks.check("everything is killed in the middle of writes", || {
-            let (piece, last) = (PIECE, SYNCED / PIECE);
-            // What is beside them is never synced, and may be lost.
-            let _never_answered = guest.start(
-                &format!(
-                    "dd if=/dev/urandom of=/dev/vda bs=64k seek={last} count=400 oflag=direct &
-                     for i in $(seq {last}); do
-                         seeded-data write /dev/vda $((i * {piece} - {piece})) {piece} $(({base} + i))
-                         echo synced $i >/dev/ttyS0
-                     done"
-                ),
-                LIMIT,
-            )?;
-            sleep(Duration::from_secs(2));
-            for _ in 0..kills() {
-                disk.kill_and_restart()?;
-                sleep(Duration::from_millis(2500));
-            }
-            let export = disk.export.as_mut().context("it runs")?;
-            export.daemon.kill()?;
-            if let Some(daemon) = &mut disk.daemon {
-                daemon.daemon.kill()?;
-            }
-            guest.kill()?;
-            synced = told(&guest);
-            ensure!(synced > 10 && synced < last, "{synced} pieces were synced");
+            synced = everything_is_killed(&mut disk, &mut guest, pieces)?;
             Ok(format!("{synced} pieces were synced"))
         });
         drop(guest);
@@ -220,12 +194,7 @@ fn what_a_guest_was_told_is_synced_is_there_after_everything_was_killed_at_once(
         disk.start_daemon().unwrap();
         let mut guest = Guest::boot(&disk.guest().unwrap()).unwrap();
         checks.check("each piece that was synced is there", || {
-            guest.sh(&format!(
-                "for i in $(seq {synced}); do
-                     seeded-data verify /dev/vda $((i * {PIECE} - {PIECE})) {PIECE} $(({base} + i))
-                 done"
-            ))?;
-            Ok(format!("{synced} of {} KiB", PIECE >> 10))
+            pieces.verify(&mut guest, synced)
         });
         checks.check("power-off", || guest.power_off().map(|()| "QEMU ended"));
     }
@@ -233,4 +202,29 @@ fn what_a_guest_was_told_is_synced_is_there_after_everything_was_killed_at_once(
         disk.stop().map(|()| "status 0")
     });
     checks.finish();
+}
+
+/// The daemon several times, then all at once. Gives the number of pieces that the guest had told it has synced.
+fn everything_is_killed(disk: &mut Disk, guest: &mut Guest, pieces: Pieces) -> Result<u64> {
+    // What is beside them is never synced, and may be lost.
+    let beside = format!(
+        "dd if=/dev/urandom of=/dev/vda bs=64k seek={} count=400 oflag=direct &",
+        SYNCED >> 16
+    );
+    pieces.write(guest, &beside, LIMIT)?;
+    pieces.await_told(guest, 1, LIMIT)?;
+    for _ in 0..ends() {
+        disk.restart(End::Killed)?;
+        sleep(Duration::from_millis(2500));
+    }
+    pieces.await_told(guest, 11, LIMIT)?;
+    let export = disk.export.as_mut().context("it runs")?;
+    export.daemon.kill()?;
+    if let Some(daemon) = &mut disk.daemon {
+        daemon.daemon.kill()?;
+    }
+    guest.kill()?;
+    let synced = pieces.told(guest);
+    ensure!(synced < pieces.count, "all pieces were synced");
+    Ok(synced)
 }

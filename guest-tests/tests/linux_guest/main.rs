@@ -24,7 +24,9 @@ mod migration;
 mod nvmet;
 mod outages;
 mod plugging;
+mod resets;
 mod sectors;
+mod synced;
 mod throttling;
 
 /// A mebibyte.
