@@ -363,9 +363,36 @@ impl Guest {
     /// When it does not come back.
     pub fn reboot(&mut self) -> Result<()> {
         let job = self.start("sync; exec busybox reboot -f", Duration::from_secs(30))?;
-        self.come_up_after(Instant::now())?;
-        let mut state = self.heard.lock();
-        state.outputs.remove(&job.id);
+        self.wait_for_another_boot()?;
+        self.heard.lock().outputs.remove(&job.id);
+        Ok(())
+    }
+
+    /// Resets the machine through its monitor, whatever it is doing. Scripts that run are never answered. Gives the time that
+    /// QEMU took to stop and reset its devices.
+    ///
+    /// # Errors
+    /// When QEMU does not do it.
+    pub fn reset(&mut self) -> Result<Duration> {
+        self.monitor()?.reset()
+    }
+
+    /// Waits until a machine that was reset takes scripts again.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub fn come_up_again(&mut self) -> Result<()> {
+        self.wait_for_another_boot()?;
+        self.heard.lock().outputs.clear();
+        Ok(())
+    }
+
+    fn wait_for_another_boot(&mut self) -> Result<()> {
+        let start = Instant::now();
+        self.wait_for_boot(BOOT_LIMIT)?;
+        let seconds = start.elapsed().as_secs_f32();
+        eprintln!("  guest up again after {seconds:.1} s");
+        let state = self.heard.lock();
         let distinct = state
             .boot_ids
             .iter()
@@ -376,32 +403,6 @@ impl Guest {
         if distinct < 2 {
             bail!("the guest says hello again without having rebooted");
         }
-        Ok(())
-    }
-
-    /// Resets the machine as its button does, whatever the guest is doing, and gives the time that QEMU took to stop and reset
-    /// its devices. The guest boots then: [`Guest::come_up_again`].
-    ///
-    /// # Errors
-    /// When QEMU does not do it.
-    pub fn reset(&mut self) -> Result<Duration> {
-        self.monitor()?.reset()
-    }
-
-    /// Waits until a guest that was reset takes scripts again; those before are forgotten.
-    ///
-    /// # Errors
-    /// When it does not come up.
-    pub fn come_up_again(&mut self) -> Result<()> {
-        self.come_up_after(Instant::now())?;
-        self.heard.lock().outputs.clear();
-        Ok(())
-    }
-
-    fn come_up_after(&mut self, start: Instant) -> Result<()> {
-        self.wait_for_boot(BOOT_LIMIT)?;
-        let seconds = start.elapsed().as_secs_f32();
-        eprintln!("  guest up again after {seconds:.1} s");
         Ok(())
     }
 

@@ -61,8 +61,8 @@ impl Load {
         guest.sh(&script).map(drop)
     }
 
-    /// The machine will not live to its end.
-    pub(crate) fn abandon(self) {}
+    /// It will never be heard of again: its machine is going to be reset.
+    pub(crate) fn give_up(self) {}
 
     /// Has it end. All that it did must have gone well.
     pub(crate) fn finish(self, guest: &mut Guest) -> Result<Done> {

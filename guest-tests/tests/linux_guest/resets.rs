@@ -106,7 +106,7 @@ fn reset_under_load(guest: &mut Guest, reset: u64) -> Result<(u64, Duration)> {
     // Each time at another moment of what the guest does.
     pieces.await_told(guest, 1 + reset * 7 % 10, LIMIT)?;
     sleep(Duration::from_millis(reset * 97 % 300));
-    load.abandon();
+    load.give_up();
     let taken = guest.reset()?;
     let synced = pieces.told(guest);
     guest.come_up_again()?;
