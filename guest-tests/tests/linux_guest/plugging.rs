@@ -57,7 +57,11 @@ fn pull(guest: &mut Guest) -> Result<()> {
         ensure!(Instant::now() < deadline, "the guest keeps it: {plugged}");
         sleep(Duration::from_millis(100));
     }
-    monitor.execute("chardev-remove", &json!({ "id": "socket" }))?;
+    // The device's remains are put away a little later, and have the socket until then.
+    while let Err(error) = monitor.execute("chardev-remove", &json!({ "id": "socket" })) {
+        ensure!(Instant::now() < deadline, error);
+        sleep(Duration::from_millis(100));
+    }
     guest.sh("! [ -e /dev/vda ]")?;
     Ok(())
 }
