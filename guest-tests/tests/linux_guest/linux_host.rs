@@ -291,8 +291,8 @@ fn log_pages(checks: &mut Checks, guest: &mut Guest) {
         let text = guest.sh(&format!(
             "nvme supported-log-pages {CONTROLLER} | grep -c '^LID 0x'"
         ))?;
-        ensure!(text == "6", "{text} pages");
-        Ok("6 pages")
+        ensure!(text == "7", "{text} pages");
+        Ok("7 pages")
     });
 }
 
