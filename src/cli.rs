@@ -511,7 +511,9 @@ Examples:
         --disk socket-path=/run/b.sock,uri=nvme+tcp://storage.example/nqn.2026-01.org.example:b,read-only=on
   With 500 requests and 20 MiB a second at most, and 2000 requests at once after a pause:
     vhost-nvmf attach --socket-path /run/disk.sock --iops 500 --iops-burst 2000 --bandwidth 20M \\
-        nvme+tcp://storage.example/nqn.2026-01.org.example:disks";
+        nvme+tcp://storage.example/nqn.2026-01.org.example:disks
+
+How it is: send SIGUSR1; the log says it of each path and disk, which rings are broken and why, and what was done.";
 
 const SERVE_EXAMPLES: &str = "\
 Examples:
@@ -525,7 +527,8 @@ Examples:
     vhost-nvmf serve --disk socket-path=/run/a.sock,spec=a.img \\
         --disk socket-path=/run/b.sock,spec=b.img,,direct,read-only=on
 
-Growing the disk: enlarge its file or device, then send SIGHUP. The VMM is told.";
+Growing the disk: enlarge its file or device, then send SIGHUP. The VMM is told.
+How it is: send SIGUSR1; the log says which rings are broken and why, and what was done.";
 
 const EXPORT_EXAMPLES: &str = "\
 Examples:
@@ -538,7 +541,8 @@ Examples:
   An image whose name has a comma, read-only:
     vhost-nvmf export 'file:/images/a,,b.img,ro'
 
-Growing a namespace: enlarge its file or device, then send SIGHUP. Hosts are told.";
+Growing a namespace: enlarge its file or device, then send SIGHUP. Hosts are told.
+What was done up to now: send SIGUSR1; the log says it.";
 
 const STORAGE_THAT_FAILS: &str = "\
 Storage that fails on purpose, for tests:

@@ -22,6 +22,7 @@ use crate::front::{Start, TakeOver};
 use crate::handover::taking::NotTaken;
 use crate::hints::VmmHints;
 use crate::serve::Local;
+use crate::status::StatusSignal;
 use crate::worker::pool::{Crew, Workers};
 
 /// How long the end of everything may take once nothing is served any more; what is left then is
@@ -329,6 +330,8 @@ struct Signals {
 
 impl Signals {
     fn new() -> io::Result<Self> {
+        // Nobody may have anything to tell yet, and it is no reason to end.
+        StatusSignal::new();
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,

@@ -9,6 +9,7 @@ use nvmf::host::{LocalEnd, NamespaceSelector, TargetAddress};
 use nvmf::transport::{Lane, Registry};
 
 use crate::config::{ExportConfig, Machine, Uri, host_of_listener};
+use crate::status::StatusSignal;
 use crate::storage::{self, StorageError};
 use crate::worker::pool::Workers;
 
@@ -110,18 +111,31 @@ impl Export {
     /// Serves hosts until `stop` comes, then ends every association and logs the counters.
     pub(crate) async fn serve(self, stop: impl Future<Output = ()>) {
         let Self { target, port } = self;
-        port.serve(stop).await;
-        for subsystem in target.subsystems() {
-            storage::log_counts(subsystem);
+        let mut status = StatusSignal::new();
+        let serving = port.serve(stop);
+        tokio::pin!(serving);
+        loop {
+            tokio::select! {
+                () = &mut serving => break,
+                () = status.asked() => log_counts(&target),
+            }
         }
-        let totals = target.totals();
-        tracing::info!(
-            copied_bytes = totals.copied_bytes,
-            sends = totals.sends,
-            receives = totals.receives,
-            "target counters"
-        );
+        log_counts(&target);
     }
+}
+
+/// What was done up to now.
+fn log_counts(target: &Target) {
+    for subsystem in target.subsystems() {
+        storage::log_counts(subsystem);
+    }
+    let totals = target.totals();
+    tracing::info!(
+        copied_bytes = totals.copied_bytes,
+        sends = totals.sends,
+        receives = totals.receives,
+        "target counters"
+    );
 }
 
 /// Places I/O queues on the workers in turn.

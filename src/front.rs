@@ -24,6 +24,7 @@ use crate::limits::{HANDOVER_DRAIN, HANDOVER_STEP};
 use crate::metrics::DiskCounters;
 use crate::reconnect::earlier::SessionNews;
 use crate::rings::LaneRings;
+use crate::status::StatusSignal;
 use crate::worker::mailbox::LaneMessage;
 use crate::worker::placement::Placement;
 
@@ -112,6 +113,7 @@ impl Front {
         stop: impl Future<Output = ()>,
     ) -> Result<(), NotTaken> {
         tokio::pin!(stop);
+        let mut status = StatusSignal::new();
         let begun = tokio::select! {
             begun = self.begin(start) => begun,
             () = &mut stop => {
@@ -147,6 +149,7 @@ impl Front {
                         break;
                     }
                 },
+                () = status.asked() => self.log_status(session.is_some()),
                 request = Door::next(door) => {
                     served = match self.give(served, request).await {
                         Some(served) => served,
@@ -167,6 +170,23 @@ impl Front {
         drop((endpoint, door));
         self.let_go(session).await;
         Ok(())
+    }
+
+    /// Logs how the disk is.
+    fn log_status(&self, front_end: bool) {
+        let broken = self.device.broken_rings().into_iter();
+        let broken: Vec<_> = broken
+            .map(|(ring, reason)| format!("ring {ring}: {reason}"))
+            .collect();
+        tracing::info!(
+            disk = self.name,
+            front_end,
+            told_of_changes = self.device.can_tell_changes(),
+            sectors = self.device.capacity(),
+            broken = broken.join("; "),
+            "status: disk"
+        );
+        self.counters.totals().log(&self.name);
     }
 
     async fn begin(&self, start: Start) -> Result<Serving, NotTaken> {

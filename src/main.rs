@@ -25,6 +25,7 @@ mod rings;
 mod serve;
 mod show;
 mod socket;
+mod status;
 mod storage;
 mod worker;
 

@@ -13,6 +13,7 @@ pub(crate) mod earlier;
 mod moving;
 mod path;
 pub(crate) mod state;
+mod status;
 pub(crate) mod verify;
 pub(crate) mod way_back;
 
@@ -34,6 +35,7 @@ use crate::bridge::path_choice::{Access, PathSet};
 use crate::bridge::translate::Limits;
 use crate::limits::MAX_PATHS;
 use crate::namespace_events::NamespaceEvents;
+use crate::status::StatusSignal;
 use crate::worker::mailbox::{LaneMessage, Mailbox, PairLost, Resume};
 use crate::worker::placement::Placement;
 
@@ -94,6 +96,7 @@ pub(crate) struct Paths {
     moving: bool,
     earlier: Earlier,
     at_large: AtLarge,
+    status: StatusSignal,
     losses: mpsc::Receiver<PairLost>,
     changes: mpsc::Receiver<u64>,
     /// What runs beside.
@@ -169,6 +172,7 @@ impl Paths {
             placement,
             earlier: Earlier::new(session, recovered, local_quiet, writes_around),
             at_large: AtLarge::default(),
+            status: StatusSignal::new(),
             losses,
             changes,
             tasks: JoinSet::new(),
@@ -226,6 +230,7 @@ impl Paths {
                 Some(target) = self.new_paths.recv() => self.add(target),
                 news = self.earlier.next() => self.session_news(news).await,
                 Some(number) = self.changes.recv() => self.read_access(number, Duration::ZERO),
+                () = self.status.asked() => self.log_status(),
                 () = until(next) => {
                     self.expire().await;
                     self.fail().await;

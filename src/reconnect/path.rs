@@ -40,8 +40,8 @@ pub(super) struct Outage {
 /// See the module.
 pub(super) struct Path {
     /// The disk, for the log.
-    disk: String,
-    state: State,
+    pub(super) disk: String,
+    pub(super) state: State,
     pub(super) way_back: Option<WayBack>,
     pub(super) association: Option<Association>,
     /// The number of the association among all of the disk, lost or not; 0 before the first.

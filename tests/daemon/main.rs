@@ -54,5 +54,6 @@ mod protocol;
 mod requests;
 mod sectors;
 mod stages;
+mod status;
 mod stopping;
 mod throttling;

@@ -1,5 +1,6 @@
 //! What the device is and offers: features, limits and configuration space.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +20,7 @@ use virtio_bindings::virtio_blk::{
 use crate::backend_channel::BackendChannel;
 use crate::blk::config::Config;
 use crate::blk::request::MAX_RANGES;
+use crate::chain::BrokenRing;
 
 /// Most queues that a device can offer.
 pub const MAX_QUEUES: u16 = 256;
@@ -70,6 +72,8 @@ pub struct Device {
     capacity: AtomicU64,
     /// Of the front-end that is connected, if it gave one.
     backend_channel: Mutex<Option<BackendChannel>>,
+    /// Rings that the guest has broken, until they are stopped.
+    broken: Mutex<BTreeMap<usize, BrokenRing>>,
 }
 
 impl Device {
@@ -86,6 +90,7 @@ impl Device {
         Arc::new(Self {
             capacity: AtomicU64::new(options.capacity_sectors),
             backend_channel: Mutex::default(),
+            broken: Mutex::default(),
             options,
         })
     }
@@ -109,6 +114,31 @@ impl Device {
             *channel = None;
         }
         told
+    }
+
+    /// Whether a front-end is connected that can be told of changes: it gave a channel for that.
+    pub fn can_tell_changes(&self) -> bool {
+        self.backend_channel().is_some()
+    }
+
+    /// Rings that the guest has broken and that the front-end has not stopped since, and why nothing more is taken from
+    /// them.
+    pub fn broken_rings(&self) -> Vec<(usize, BrokenRing)> {
+        let broken = self.broken.lock();
+        let broken = broken.unwrap_or_else(PoisonError::into_inner);
+        broken
+            .iter()
+            .map(|(ring, reason)| (*ring, *reason))
+            .collect()
+    }
+
+    /// Notes why ring `ring` is broken, or that it is over.
+    pub(crate) fn set_broken(&self, ring: usize, reason: Option<BrokenRing>) {
+        let mut broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
+        match reason {
+            Some(reason) => broken.insert(ring, reason),
+            None => broken.remove(&ring),
+        };
     }
 
     /// What the front-end is told of changes on.

@@ -496,12 +496,16 @@ impl Queue {
             return;
         }
         self.broken = Some(reason);
+        self.device.set_broken(self.index, Some(reason));
         self.report(reason, "ring is broken");
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
+        if self.broken.is_some() {
+            self.device.set_broken(self.index, None);
+        }
         let in_flight = self.in_flight();
         if in_flight > 0 {
             let ring = self.index;
