@@ -22,6 +22,8 @@ fn pattern(len: usize) -> Vec<u8> {
 /// A file that goes away by itself, with these bytes at [`START`] and nothing behind them.
 fn file(bytes: &[u8]) -> File {
     let file = tempfile::tempfile().unwrap();
+    // Also where there are none.
+    file.set_len(START).unwrap();
     file.write_all_at(bytes, START).unwrap();
     file
 }
