@@ -1,7 +1,7 @@
 # Each target does its own set-up: what is missing is installed with apt, built, or fetched.
 
 CARGO ?= cargo
-ROUNDS ?= 10
+ROUNDS ?= 20
 # Of fuzzing, for each target. The shell has a variable of this name, which make does not see.
 SECONDS ?= 60
 # Both ends of NVMe/TCP in virtual time, with faults: the feature is in no other build.
@@ -28,7 +28,7 @@ help:
 	@echo 'make guest-test         only the tests that boot guests'
 	@echo 'make sanitize           the tests of memory that is reached by address, under valgrind (about three minutes)'
 	@echo 'make fuzz [SECONDS=60]  fuzz each target for so long, where a nightly toolchain and cargo-fuzz are there'
-	@echo 'make soak [ROUNDS=10]   the tests again and again, by hand'
+	@echo 'make soak [ROUNDS=20]   the tests again and again, by hand'
 	@echo 'make install            install the release build below PREFIX=/usr/local, and its description for QEMU and libvirt'
 	@echo 'make bench              measure the daemon beside other back-ends; ARGS=--help tells more'
 
