@@ -388,7 +388,8 @@ pub(crate) struct ExportArgs {
     )]
     pub(crate) nr_io_queues: u16,
     /// Cross-Controller Resets that a host can have going on at one controller, to learn when another one
-    /// that it has lost is done; 0: none
+    /// that it has lost is done; 0: none, as it must be where another machine exports the same storage under the
+    /// same NQN, or files are on a file system without locks
     #[arg(long, value_name = "N", default_value_t = limits::DEFAULT_CCRL)]
     pub(crate) ccrl: u8,
     #[command(flatten)]
